@@ -1,0 +1,1 @@
+"""Other layouts' names, as data: released `target:` strings, released keys, other libraries' weight names."""

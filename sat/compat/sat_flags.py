@@ -1,0 +1,110 @@
+"""SAT's command-line flags: group -> flag -> what argparse needs to know. The functions of `sat.arguments` read it."""
+
+from typing import Any
+
+Flag = dict[str, Any]
+
+SWITCH: Flag = {"action": "store_true"}
+
+
+def _value(kind: type | None, default: Any = None, **more: Any) -> Flag:
+    return {"type": kind, "default": default, **more}
+
+
+FLAGS: dict[str, dict[str, Flag]] = {
+    "model": {
+        "--num-layers": _value(int, 6),
+        "--hidden-size": _value(int, 1024),
+        "--num-attention-heads": _value(int, 16),
+        "--vocab-size": _value(int, 100),
+        "--max-sequence-length": _value(int, 512),
+        "--layernorm-order": _value(str, "pre", choices=["post", "pre", "sandwich"]),
+        "--inner-hidden-size": _value(int, help="width of the MLP; four times the hidden size by default"),
+        "--hidden-size-per-attention-head": _value(int, help="by default the hidden size over the number of heads"),
+        "--model-parallel-size": _value(int, 1),
+        "--skip-init": SWITCH,
+        "--use-gpu-initialization": SWITCH,
+        "--num-multi-query-heads": _value(int, 0, help="key and value heads; 0: as many as query heads"),
+        "--is-gated-mlp": SWITCH,
+        "--is-rotary-emb": SWITCH,
+        "--layernorm-epsilon": _value(float, 1e-5),
+        "--hidden-dropout": _value(float, 0.1),
+        "--attention-dropout": _value(float, 0.1),
+        "--drop-path": _value(float, 0.0),
+        "--make-vocab-size-divisible-by": _value(int, 128),
+        "--parallel-output": SWITCH,
+    },
+    "training": {
+        "--experiment-name": _value(str, "MyModel"),
+        "--train-iters": _value(int),
+        "--batch-size": _value(int, 4),
+        "--lr": _value(float, 1e-4),
+        "--mode": _value(str, "pretrain", choices=["pretrain", "finetune", "inference"]),
+        "--seed": _value(int, 1234),
+        "--zero-stage": _value(int, 0, choices=[0, 1, 2, 3]),
+        "--checkpoint-activations": SWITCH,
+        "--checkpoint-num-layers": _value(int, 1, help="layers that are recomputed together"),
+        "--checkpoint-skip-layers": _value(int, 0, help="last layers that are not recomputed"),
+        "--fp16": SWITCH,
+        "--bf16": SWITCH,
+        "--gradient-accumulation-steps": _value(int, 1),
+        "--profiling": _value(int, -1),
+        "--epochs": _value(int),
+        "--log-interval": _value(int, 50),
+        "--summary-dir": _value(str, ""),
+        "--save-args": SWITCH,
+        "--lr-decay-iters": _value(int, help="by default the number of training steps"),
+        "--lr-decay-style": _value(str, "linear", choices=["constant", "linear", "cosine", "exponential"]),
+        "--lr-decay-ratio": _value(float, 0.1, help="cosine decay ends at this share of the peak"),
+        "--warmup": _value(float, 0.01, help="share of the steps in which the learning rate rises"),
+        "--weight-decay": _value(float, 0.01),
+        "--save": _value(str),
+        "--load": _value(str),
+        "--force-train": SWITCH,
+        "--save-interval": _value(int, 5000),
+        "--no-save-rng": SWITCH,
+        "--no-load-rng": SWITCH,
+        "--resume-dataloader": SWITCH,
+        "--distributed-backend": _value(None, "nccl"),
+        "--local_rank": _value(int),
+        "--exit-interval": _value(int),
+        "--wandb": SWITCH,
+        "--wandb-project-name": _value(str, "default_project"),
+    },
+    "evaluation": {
+        "--eval-batch-size": _value(int),
+        "--eval-iters": _value(int, 100),
+        "--eval-interval": _value(int),
+        "--strict-eval": SWITCH,
+    },
+    "data": {
+        "--train-data": _value(None, nargs="+"),
+        "--train-data-weights": _value(int, nargs="+"),
+        "--iterable-dataset": _value(None, False, nargs="?", const=True, choices=[True, False, "custom"]),
+        "--iterable-dataset-eval": _value(str, "", choices=["True", "False", ""]),
+        "--batch-from-same-dataset": SWITCH,
+        "--valid-data": _value(None, nargs="*"),
+        "--test-data": _value(None, nargs="*"),
+        "--split": _value(None, "1000,1,1"),
+        "--num-workers": _value(int, 1),
+        "--block-size": _value(int, 10000),
+        "--prefetch-factor": _value(int, 4),
+    },
+    "tokenization": {"--tokenizer-type": _value(str, "fake")},
+    "text generation": {
+        "--temperature": _value(float, 1.0),
+        "--top_p": _value(float, 0.0),
+        "--top_k": _value(int, 0),
+        "--num-beams": _value(int, 1),
+        "--length-penalty": _value(float, 0.0),
+        "--no-repeat-ngram-size": _value(int, 0),
+        "--min-tgt-length": _value(int, 0),
+        "--out-seq-length": _value(int, 256),
+        "--input-source": _value(str, "interactive"),
+        "--output-path": _value(str, "./samples"),
+        "--with-id": SWITCH,
+        "--max-inference-batch-size": _value(int, 12),
+        "--device": _value(int, -1),
+    },
+}
+"""Names, types, defaults and choices are SAT's, so that users' scripts parse as they did."""

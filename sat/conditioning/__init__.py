@@ -1,0 +1,1 @@
+"""From prompts and images to the tensors that condition the video model."""

@@ -1,0 +1,251 @@
+"""Which clips share a row: a plan made from their lengths alone, the same at any number of ranks.
+
+A plan is a function of (order, epoch, rows per step). Every sample of the order stands in it once. Rows are filled from
+a pool of the clips that come next in the order: with those that have waited longest, while they fit, so that a row is
+as mixed as the order is; then with the largest that still fits, until none does (best fit; Johnson 1973 bounds its
+waste).
+"""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+
+from sat.data.sampler import SampleOrder, epoch_permutation
+from sat.errors import DataError
+
+POOL = 1024
+"""Clips that a planner looks at together. More fill rows better, and move clips further from their random place."""
+CLUSTERS = 16
+"""Groups of rows of about equal cost that are sorted out together."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Clips that go through the network together."""
+
+    counters: tuple[int, ...]
+    """Sample counters."""
+    indices: tuple[int, ...]
+    """Their numbers in the dataset."""
+    tokens: int
+    cost: float
+    """What a forward pass of it takes, in multiply-adds up to a factor."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """The rows of one optimizer step."""
+
+    rows: tuple[Row, ...]
+    epoch: int
+    """Of its first clip."""
+
+    @property
+    def num_samples(self) -> int:
+        """Clips of the step."""
+        return sum(len(row.indices) for row in self.rows)
+
+    def shares(self, num_ranks: int) -> list[list[Row]]:
+        """The rows of each rank, equally many, so that the ranks' costs come out about equal.
+
+        The costliest row not yet given away goes to the rank that has least (Graham 1969, longest processing time
+        first). Each rank's rows fall in cost, so that in every pass the ranks wait for each other as little as can be.
+        """
+        per_rank = len(self.rows) // num_ranks
+        shares: list[list[Row]] = [[] for _ in range(num_ranks)]
+        costs = [0.0] * num_ranks
+        for row in sorted(self.rows, key=lambda row: -row.cost):
+            rank = min((r for r in range(num_ranks) if len(shares[r]) < per_rank), key=lambda r: (costs[r], r))
+            shares[rank].append(row)
+            costs[rank] += row.cost
+        return shares
+
+    def places(self) -> dict[int, int]:
+        """Counter of each clip -> its place among the step's clips."""
+        counters = sorted(counter for row in self.rows for counter in row.counters)
+        return {counter: place for place, counter in enumerate(counters)}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Multiply-adds of a forward pass: linear layers grow with the tokens, attention with each clip's square."""
+
+    hidden_size: int
+
+    def __call__(self, lengths: Sequence[int]) -> float:
+        linear = 24.0 * self.hidden_size**2 * sum(lengths)
+        return linear + 4.0 * self.hidden_size * sum(length * length for length in lengths)
+
+
+Sample = tuple[int, int]
+"""Counter, and the clip's number."""
+
+
+class _Pool:
+    """Samples that wait, by length: the oldest, or the oldest of the longest that fit."""
+
+    def __init__(self) -> None:
+        self._by_length: dict[int, deque[Sample]] = {}
+        self._lengths: list[int] = []  # of which there are clips, rising
+        self._taken: set[Sample] = set()
+        self._order: deque[tuple[Sample, int]] = deque()  # (sample, length), oldest first
+        self.size = 0
+
+    def add(self, sample: Sample, length: int) -> None:
+        if length not in self._by_length:
+            self._by_length[length] = deque()
+            insort(self._lengths, length)
+        self._by_length[length].append(sample)
+        self._order.append((sample, length))
+        self.size += 1
+
+    def take_oldest(self, room: int) -> tuple[Sample, int] | None:
+        """The sample that has waited longest, and its length; None if it has more tokens than that, or none waits."""
+        while self._order and self._order[0][0] in self._taken:
+            self._taken.discard(self._order.popleft()[0])
+        if not self._order or self._order[0][1] > room:
+            return None
+        sample, length = self._order.popleft()
+        self._remove(length)  # it is the oldest of its length, too
+        return sample, length
+
+    def take_longest(self, room: int) -> tuple[Sample, int] | None:
+        """The longest that fits into so many tokens, and its length; None if none does."""
+        place = bisect_right(self._lengths, room)
+        if not place:
+            return None
+        length = self._lengths[place - 1]
+        sample = self._by_length[length][0]
+        self._remove(length)
+        self._taken.add(sample)
+        return sample, length
+
+    def _remove(self, length: int) -> None:
+        waiting = self._by_length[length]
+        waiting.popleft()
+        self.size -= 1
+        if not waiting:
+            del self._by_length[length]
+            self._lengths.pop(bisect_right(self._lengths, length) - 1)
+
+
+class Planner(ABC):
+    """Deals the clips of epoch after epoch to rows, and rows to steps.
+
+    lengths: tokens of each clip. max_tokens: most of a row. rows_per_step: rows of one optimizer step, over all ranks.
+    order: the clip of each sample. balance: so many rows of about equal cost come together, so that as many ranks have
+    equal work; more than the ranks need make the clips of a step more alike, and 1 leaves the rows in the epoch's
+    order. Raises DataError for a clip longer than a row.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        rows_per_step: int,
+        order: SampleOrder,
+        cost: CostModel,
+        balance: int = 8,
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        if not len(self.lengths):
+            raise DataError("the dataset is empty: there is no clip to plan with")
+        longest = int(self.lengths.argmax())
+        if self.lengths[longest] > max_tokens:
+            raise DataError(
+                f"clip {longest} has {self.lengths[longest]:,} tokens, more than max_tokens {max_tokens:,}; raise it"
+            )
+        self.max_tokens, self.rows_per_step, self.order, self.cost = max_tokens, rows_per_step, order, cost
+        self.balance = min(balance, rows_per_step)
+
+    def steps(self, start_step: int = 0) -> Iterator[PlannedStep]:
+        """The optimizer steps from one on, without end. What lies before it is planned over quickly."""
+        rows: list[Row] = []
+        number = 0
+        for row in self._rows():
+            rows.append(row)
+            if len(rows) == self.rows_per_step:
+                if number >= start_step:
+                    yield PlannedStep(tuple(rows), rows[0].counters[0] // self.order.epoch_size)
+                rows, number = [], number + 1
+
+    def _rows(self) -> Iterator[Row]:
+        """The rows of epoch after epoch, those of about equal cost beside each other."""
+        coming = (row for epoch in count() for row in self.epoch_rows(epoch))
+        if self.balance == 1:
+            yield from coming
+        for number in count():
+            window = sorted(islice(coming, self.balance * CLUSTERS), key=lambda row: row.cost)
+            order = epoch_permutation(CLUSTERS, self.order.seed, number)
+            for cluster in order:
+                yield from window[cluster * self.balance : (cluster + 1) * self.balance]
+
+    def epoch_rows(self, epoch: int) -> Iterator[Row]:
+        """The rows of one epoch: each of its samples once."""
+        first = epoch * self.order.epoch_size
+        for members in self._members(range(first, first + self.order.epoch_size)):
+            lengths = [int(self.lengths[index]) for _, index in members]
+            counters, indices = zip(*members)
+            yield Row(counters, indices, sum(lengths), self.cost(lengths))
+
+    @abstractmethod
+    def _members(self, counters: range) -> Iterator[list[Sample]]:
+        """The samples of each row, of all counters of an epoch."""
+
+    def _coming(self, counters: range) -> Iterator[tuple[Sample, int]]:
+        """Each sample and its length, in order."""
+        for counter in counters:
+            index = self.order[counter]
+            yield (counter, index), int(self.lengths[index])
+
+
+class PackingPlanner(Planner):
+    """Rows of any clips, up to max_tokens together (Frame Pack; CogVideoX, arXiv:2408.06072, sec. 2.4)."""
+
+    def _members(self, counters: range) -> Iterator[list[Sample]]:
+        pool, coming = _Pool(), self._coming(counters)
+        self._refill(pool, coming)
+        while pool.size:
+            row, room = [], self.max_tokens
+            for take in (pool.take_oldest, pool.take_longest):
+                while (found := take(room)) is not None:
+                    row.append(found[0])
+                    room -= found[1]
+            yield row
+            self._refill(pool, coming)
+
+    @staticmethod
+    def _refill(pool: _Pool, coming: Iterator[tuple[Sample, int]]) -> None:
+        while pool.size < POOL:
+            following = next(coming, None)
+            if following is None:
+                return
+            pool.add(*following)
+
+
+class BucketPlanner(Planner):
+    """Rows of clips of one size, as many as max_tokens holds; what is left of a size at an epoch's end goes as it is.
+
+    shapes: the size of each clip, equal for clips that may share a row.
+    """
+
+    def __init__(self, lengths: Sequence[int], shapes: Sequence[Any], *args: Any) -> None:
+        super().__init__(lengths, *args)
+        names: dict[Any, int] = {}
+        self._buckets = [names.setdefault(shape, len(names)) for shape in shapes]
+
+    def _members(self, counters: range) -> Iterator[list[Sample]]:
+        waiting: dict[int, list[Sample]] = {}
+        for sample, length in self._coming(counters):
+            bucket = waiting.setdefault(self._buckets[sample[1]], [])
+            bucket.append(sample)
+            if (len(bucket) + 1) * length > self.max_tokens:
+                yield list(bucket)
+                bucket.clear()
+        yield from (bucket for bucket in waiting.values() if bucket)

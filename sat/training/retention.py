@@ -1,0 +1,102 @@
+"""Which checkpoints of a run are kept, and who is reading one."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sat.training.files import remove_folder
+from sat.weights.whole import AVERAGES, MANIFEST, TRAINING_STATE, iteration_names, read_latest, step_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept beside the checkpoint that `latest` names; with keep_last None, everything."""
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+    """Steps that are multiples of it are kept for good."""
+    keep_best: int = 0
+    """So many with the lowest validation loss are kept."""
+    always: frozenset[int] = frozenset()
+    """Steps that are kept for good."""
+
+    def doomed(self, losses: Mapping[int, float | None], latest: int) -> list[int]:
+        """The steps to delete, of those in `losses` (step -> validation loss, where there was a validation).
+
+        Steps after `latest` belong to a branch that was left when the run was set back; they are not counted.
+        """
+        if self.keep_last is None:
+            return []
+        steps = sorted(step for step in losses if step <= latest)
+        kept = {latest, *steps[-self.keep_last :], *self.always}
+        kept |= {step for step in steps if self.keep_every and step % self.keep_every == 0}
+        measured = [(loss, step) for step in steps if (loss := losses[step]) is not None]
+        kept |= {step for _, step in sorted(measured)[: self.keep_best]}
+        return [step for step in steps if step not in kept]
+
+    def tidy(self, run_dir: Path) -> list[int]:
+        """Delete what is not kept, with its averages; returns the steps. What is being read stays until the next time.
+
+        Nothing is deleted while `latest` does not name a checkpoint.
+        """
+        latest, _ = read_latest(run_dir)
+        names = iteration_names(run_dir)
+        if latest not in names or not latest.isdecimal():
+            return []
+        losses = {step_of(name): _validation_loss(run_dir / name) for name in names if name.isdecimal()}
+        deleted = []
+        for step in self.doomed(losses, step_of(latest)):
+            if is_being_read(run_dir / str(step)) or is_being_read(run_dir / f"{step}{AVERAGES}"):
+                log.info("%s is being read: it is kept for now", run_dir / str(step))
+                continue
+            remove_folder(run_dir / str(step))
+            deleted.append(step)
+        for folder in run_dir.glob(f"*{AVERAGES}"):  # those of what was just deleted, now or when a job was killed
+            if step_of(folder.name) < step_of(latest) and not (run_dir / folder.name.removesuffix(AVERAGES)).exists():
+                remove_folder(folder)
+        return deleted
+
+
+def _validation_loss(folder: Path) -> float | None:
+    try:
+        validation = json.loads((folder / TRAINING_STATE).read_text(encoding="utf-8")).get("validation")
+        return float(validation["loss"]) if validation else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Keep a checkpoint from being deleted for the time of a `with` block, by any host where the file system locks."""
+    try:
+        stream = (folder / MANIFEST).open("rb")
+    except OSError:  # none of our runs deletes a folder without a manifest
+        yield
+        return
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            log.debug("%s: no lock (%s)", folder, error)
+        yield
+
+
+def is_being_read(folder: Path) -> bool:
+    """Whether some process is inside `reading(folder)`."""
+    try:
+        with (folder / MANIFEST).open("rb+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such folder, or no locks here
+        return False
+    return False

@@ -1,0 +1,87 @@
+"""The generic core on every kind of layout: a language model with a split vocabulary, masks and grouped heads."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sat.model import BaseModel
+from sat.mpu import sum_partial_gradients, vocab_parallel_cross_entropy
+from sat.mpu.shards import cut_state, shard_rules
+from tests.parallel.layouts import (
+    LAYOUTS,
+    Layout,
+    gradients,
+    load_own_part,
+    mean_over_replicas,
+    parallel_state,
+    rest_is_slow,
+    worst_difference,
+)
+from tests.ranks import run_ranks
+
+VOCABULARY, LENGTH = 1003, 11
+ARGS: dict[str, Any] = {
+    "num_layers": 2,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "num_attention_heads": 6,
+    "max_sequence_length": 16,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped heads, rotary, gated": {"num_multi_query_heads": 3, "is_rotary_emb": True, "is_gated_mlp": True},
+    "post order": {"layernorm_order": "post"},
+}
+NAMES = ("TP2", "TP3", "TP2+SP", "Ulysses2", "Ring2", "Ring3", "TP2xRing2", "TP2+SPxUlysses2", "Ulysses2xRing2")
+
+
+def make_model(changes: dict[str, Any], seed: int = 0) -> BaseModel:
+    torch.manual_seed(seed)
+    model = BaseModel({**ARGS, **changes}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def loss_of(model: BaseModel, causal: bool, parallel_output: bool) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    model.transformer.parallel_output = parallel_output
+    logits = model(ids, torch.arange(LENGTH), -1 if causal else None)[0]
+    if parallel_output:
+        loss = vocab_parallel_cross_entropy(logits[:, :-1], ids[:, 1:]).mean()
+    else:
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return logits, loss
+
+
+def compare(rank: int, layout: Layout, changes: dict[str, Any], causal: bool) -> dict[str, float]:
+    whole = make_model(changes)
+    expected_logits, expected_loss = loss_of(whole, causal, parallel_output=False)
+    expected_loss.backward()
+    with parallel_state(layout.build(6)) as parallel:
+        model = make_model(changes, seed=9)
+        load_own_part(model, whole.state_dict(), parallel)
+        sum_partial_gradients(model, parallel)
+        with torch.no_grad():
+            logits, _ = loss_of(model, causal, parallel_output=False)
+        _, loss = loss_of(model, causal, parallel_output=True)
+        loss.backward()
+    found = {"logits": worst_difference(logits, expected_logits), "loss": worst_difference(loss, expected_loss)}
+    expected = cut_state(gradients(whole), shard_rules(model), parallel.rank("tp"), parallel.size("tp"))
+    for name, own in gradients(model).items():
+        found[name] = worst_difference(mean_over_replicas(own, parallel), expected[name])
+    return found
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("name", rest_is_slow(NAMES, ("TP3", "TP2+SPxUlysses2", "Ulysses2xRing2")))
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_logits_loss_and_gradients(changes: dict[str, Any], name: str, causal: bool) -> None:
+    results = run_ranks(compare, LAYOUTS[name].world, LAYOUTS[name], changes, causal)
+    for found in results:
+        worst = max(found, key=found.__getitem__)
+        assert found[worst] < 1e-10, f"{worst}: {found[worst]:.1e}"

@@ -1,0 +1,342 @@
+"""Continuing a run: found by the same command, on the newest whole checkpoint, to the same numbers."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sat.data.synthetic import SyntheticLatents
+from sat.training.checkpoint import load_weights, model_file
+from tests.ranks import run_ranks
+from tests.tiny import only_run, records, train_on_rank
+from tests.training.crashes import Job
+
+COMMON = (
+    "args.train_iters=8",
+    "args.global_batch_size=4",
+    "args.save_interval=4",
+    "deepspeed.optimizer.type=sat.ops.FusedEmaAdam",
+)
+
+
+def options(stage: int, *more: str) -> tuple[str, ...]:
+    return (*COMMON, f"deepspeed.zero_optimization.stage={stage}", *more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 8 steps on one process at stage 1."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_ranks(train_on_rank, 1, options(1, f"args.save={folder}"))
+    return only_run(folder)
+
+
+def broken_off(whole: Path, folder: Path) -> Path:
+    """The run as it was after step 4, with some metrics of step 5 already written."""
+    run = folder / whole.name
+    shutil.copytree(whole, run)
+    for name in ("8", "8-ema"):
+        shutil.rmtree(run / name)
+    (run / "latest").write_text("4")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:5]) + '\n{"kind": "tra')
+    return run
+
+
+def start(folder: Path, *words: str, world: int = 1) -> str:
+    """Train as a command would; returns what it says. Fails as the command would."""
+    log = folder.with_suffix(".log")
+    log.write_text("")
+    with Job(words, world, log) as job:
+        codes = job.wait()
+    assert not any(codes), log.read_text()
+    return log.read_text()
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 0), (1, 2), (2, 1), (2, 2)])
+def test_continued_run_equals_the_whole(whole: Path, tmp_path: Path, world: int, stage: int) -> None:
+    run = broken_off(whole, tmp_path)
+    run_ranks(train_on_rank, world, options(stage, f"args.load={run}", "args.mode=pretrain"))
+    assert [record["step"] for record in records(run)] == list(range(1, 9))
+    rtol = 0.0 if (world, stage) == (1, 1) else 1e-6
+    for expected, got in zip(records(whole), records(run)):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=rtol, abs=0.0)
+        assert got["lr"] == expected["lr"]
+    for folder in ("8", "8-ema"):
+        weights = load_weights(run / folder)
+        for name, value in load_weights(whole / folder).items():
+            if (world, stage) == (1, 1):
+                assert torch.equal(weights[name], value), name
+            elif "query_key_value.bias" not in name:  # the key's bias has no gradient but rounding
+                torch.testing.assert_close(weights[name], value, rtol=0.0, atol=1e-5)
+
+
+def test_finetune_starts_anew_from_the_weights(whole: Path, tmp_path: Path) -> None:
+    run_ranks(
+        train_on_rank,
+        1,
+        options(1, f"args.load={whole}", "args.mode=finetune", f"args.save={tmp_path}", "args.auto_warmup_steps=3"),
+    )
+    found = records(only_run(tmp_path))
+    assert [record["step"] for record in found] == list(range(1, 9))
+    peak = 1e-3
+    assert all(record["lr"] <= 0.05 * peak for record in found[:3])
+    assert found[3]["lr"] > 0.05 * peak
+    assert found[0]["loss"] < records(whole)[0]["loss"]  # it has learned something before
+
+
+def test_state_file_says_where_the_run_was(whole: Path) -> None:
+    state = json.loads((whole / "4" / "training_state.json").read_text())
+    assert (state["step"], state["samples"], state["global_batch_size"]) == (4, 16, 4)
+    assert state["layout"] == {"dp": 1, "cp": 1, "tp": 1}
+    assert state["configuration"] == json.loads((whole / "run.json").read_text())["configuration"]
+    assert state["check"]["counters"] == [14, 15]  # the last micro batch
+
+
+# --- auto ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_continues_its_run(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    log = tmp_path / "log"
+    start(log, *options(1, f"args.save={run.parent}"))
+    assert only_run(run.parent) == run
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in records(whole)]
+    assert (run / "latest").read_text() == "8"
+
+
+def test_a_finished_run_says_so(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_ranks(train_twice, 1, options(1, f"args.save={whole.parent}"))
+    assert only_run(whole.parent) == whole
+
+
+def train_twice(rank: int, words: tuple[str, ...]) -> None:
+    """What a finished run answers."""
+    import logging
+
+    from sat.training.loop import train_joined
+    from tests.tiny import tiny_config
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sat").addHandler(handler)
+    logging.getLogger("sat").setLevel(logging.INFO)
+    assert train_joined(tiny_config(*words), 7) is True
+    assert re.search(r"is finished: it is at step 8 of 8; args.resume=never starts a new run", lines[-1]), lines
+
+
+def test_never_starts_a_new_run(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    run_ranks(train_on_rank, 1, options(1, f"args.save={run.parent}", "args.resume=never"))
+    (other,) = (path for path in run.parent.iterdir() if path != run)
+    assert [record["step"] for record in records(other)] == list(range(1, 9))
+    assert (run / "latest").read_text() == "4"
+    assert json.loads((other / "run.json").read_text())["number"] == 2
+
+
+def test_another_configuration_starts_a_new_run_and_says_what_differs(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    words = options(1, f"args.save={run.parent}", "args.lr_decay_style=constant")
+    assert told(words) == [
+        f"a new run: {run} had another configuration (args.lr_decay_style cosine, now constant); args.resume={run} "
+        "would continue it"
+    ]
+    assert len(list(run.parent.iterdir())) == 2
+
+
+def told(words: tuple[str, ...], world: int = 1) -> list[str]:
+    """What finding the start says."""
+    return run_ranks(say_start, world, words)[0]
+
+
+def say_start(rank: int, words: tuple[str, ...]) -> list[str]:
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    for name in ("resume", "checkpoint", "lock"):
+        logger = logging.getLogger(f"sat.training.{name}")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    train_on_rank(rank, words)
+    return lines
+
+
+def test_the_last_of_several_runs_goes_on(whole: Path, tmp_path: Path) -> None:
+    first = broken_off(whole, tmp_path / "runs")
+    second = first.with_name("tiny-01-01-00-00")  # by its name and time it would be the first
+    shutil.copytree(first, second)
+    content = json.loads((second / "run.json").read_text())
+    (second / "run.json").write_text(json.dumps({**content, "number": 2}))
+    run_ranks(train_on_rank, 1, options(1, f"args.save={first.parent}"))
+    assert ((first / "latest").read_text(), (second / "latest").read_text()) == ("4", "8")
+
+
+def test_a_run_that_saved_nothing_is_begun_again_in_its_folder(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    shutil.rmtree(run / "4")
+    (run / "latest").unlink()
+    assert told(options(1, f"args.save={run.parent}"))[-1] == (
+        f"{run} has no checkpoint yet: starting it from its first step"
+    )
+    assert only_run(run.parent) == run
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in records(whole)]
+
+
+def test_finetuning_goes_on_before_it_starts_from_weights(whole: Path, tmp_path: Path) -> None:
+    words = options(1, f"args.load={whole}", "args.mode=finetune", f"args.save={tmp_path}", "args.weights=raw")
+    run_ranks(train_on_rank, 1, words)
+    run = only_run(tmp_path)
+    expected = records(run)
+    shutil.rmtree(run / "8")
+    (run / "latest").write_text("4")
+    run_ranks(train_on_rank, 1, words)
+    assert only_run(tmp_path) == run
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in expected]
+
+
+def test_fewer_processes_keep_the_global_batch_of_the_run(tmp_path: Path) -> None:
+    """As after an elastic restart: the command names no global batch, which two processes made twice as large."""
+    words = ("args.train_iters=4", "args.save_interval=2", "args.global_batch_size=null", f"args.save={tmp_path}")
+    run_ranks(train_on_rank, 2, words)
+    run = only_run(tmp_path)
+    expected = records(run)
+    assert [record["samples"] for record in expected] == [4] * 4
+    shutil.rmtree(run / "4")
+    (run / "latest").write_text("2")
+    run_ranks(train_on_rank, 1, words)
+    assert only_run(tmp_path) == run
+    for one, other in zip(expected, records(run)):
+        assert other["samples"] == 4 and other["loss"] == pytest.approx(one["loss"], rel=1e-6)
+
+
+# --- which checkpoint ------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(bytes(content))
+
+
+FILES = (model_file(0), "optimizer_rank_00000.safetensors", "training_state.json", "manifest.json")
+HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-3]), r"has [\d,]+ bytes of|is damaged"),
+    "flipped": (flip, "is damaged"),
+    "emptied": (lambda file: file.write_bytes(b""), r"has 0 bytes of|is damaged"),
+    "deleted": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(
+    whole: Path, tmp_path: Path, name: str, harm: str
+) -> None:
+    """On two ranks, of which each reads its share of the files."""
+    run = tmp_path / "runs" / whole.name
+    shutil.copytree(whole, run)
+    break_it, reason = HARMS[harm]
+    break_it(run / "8" / name)
+    before = {path: path.read_bytes() for path in (run / "4").iterdir()}
+    (line,) = [line for line in told(options(1, f"args.save={run.parent}"), 2) if "taking" in line]
+    assert re.fullmatch(rf"{run}: iteration 8 is not whole \({name} ({reason}).*\); taking iteration 4", line), line
+    assert {path: path.read_bytes() for path in (run / "4").iterdir()} == before
+    assert (run / "latest").read_text() == "8"  # and the broken one was made again
+    assert all(value.isfinite().all() for value in load_weights(run).values())
+
+
+@pytest.mark.parametrize("content", ["", "7", "8-ema", "garbage\0", None])
+def test_latest_is_a_hint(whole: Path, tmp_path: Path, content: str | None) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    if content is None:
+        (run / "latest").unlink()
+    else:
+        (run / "latest").write_text(content)
+    lines = told(options(1, f"args.save={run.parent}"))
+    assert any(("trying iteration 4" in line) or ("taking iteration 4" in line) for line in lines), lines
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in records(whole)]
+
+
+def test_nothing_whole_is_refused_and_left_alone(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    flip(run / "4" / model_file(0))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(
+        AssertionError, match=rf"{run} holds no whole checkpoint: iteration 4 is not whole \(mp_rank_00"
+    ):
+        run_ranks(train_on_rank, 1, options(1, f"args.save={run.parent}"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert only_run(run.parent) == run
+
+
+# --- by name ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_named_iteration_sets_the_run_back(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / whole.name
+    shutil.copytree(whole, run)
+    lines = told(options(1, f"args.resume={run / '4'}", "args.train_iters=6"))
+    assert f"{run} goes on with another configuration: args.train_iters 8, now 6" in lines
+    assert f"{run} is set back from step 8 to 4" in lines
+    assert (run / "latest").read_text() == "6" and (run / "8").is_dir()
+    assert [record["step"] for record in records(run)] == list(range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("args.resume=nowhere",), "there is no run nowhere; give a run directory, or one of its iterations"),
+        (("args.resume=RUN/8-ema",), "RUN/8-ema holds averaged weights, no training state; give 8 beside it"),
+        (("args.resume=RUN/8/mp_rank_00_model_states.pt",), "holds weights only, no training state to continue from"),
+        (("args.resume=RUN/tensorboard",), "is no run: it holds neither a checkpoint nor a run.json"),
+        (("args.resume=never", "args.load=RUN"), "args.mode pretrain continues that run, and args.resume is never"),
+        (("args.resume=RUN", "args.load=RUN/4"), "args.resume names RUN and args.load RUN/4; give the one to continue"),
+    ],
+)
+def test_what_cannot_be_continued_says_why(whole: Path, words: tuple[str, ...], message: str) -> None:
+    words = tuple(word.replace("RUN", str(whole)) for word in words)
+    with pytest.raises(AssertionError, match=re.escape(message.replace("RUN", str(whole)))):
+        run_ranks(train_on_rank, 1, options(1, *words))
+
+
+def test_another_batch_size_is_refused(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path)
+    more = (f"args.load={run}", "args.mode=pretrain", "args.global_batch_size=8")
+    with pytest.raises(AssertionError, match="global_batch_size 4, this run has 8"):
+        run_ranks(train_on_rank, 1, options(1, *more))
+
+
+def test_a_run_in_use_is_refused(whole: Path, tmp_path: Path) -> None:
+    """The second job names the first one's host and process, and touches nothing."""
+    run = broken_off(whole, tmp_path / "runs")
+    (tmp_path / "log").touch()
+    slow = f"data={{target: tests.training.test_resume.Slow, params: {json.dumps(SIZES)}}}"
+    words = options(1, f"args.save={tmp_path / 'slow'}", slow)
+    with Job(words, 1, tmp_path / "log") as job:
+        while not list((tmp_path / "slow").glob("*/run.json")):
+            assert job.codes() == [None], (tmp_path / "log").read_text()
+        with pytest.raises(
+            AssertionError, match=rf"is in use by process {job.ranks[0].pid} on \S+; end that job first"
+        ):
+            run_ranks(train_on_rank, 1, words)
+    assert run.is_dir()
+
+
+SIZES = {"num_samples": 1000, "num_frames": 3, "channels": 16, "height": 4, "width": 4}
+
+
+class Slow(SyntheticLatents):
+    """Latents that take their time."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        time.sleep(2.0)
+        return super().__getitem__(index)

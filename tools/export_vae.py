@@ -1,0 +1,36 @@
+"""Write the VAE of a training run in the layout of the released 3d-vae.pt.
+
+python tools/export_vae.py runs/vae/vae-11-24-10-00 3d-vae.pt
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sat.errors import SatError
+from sat.logs import setup_logging
+from sat.vae import load_vae_state, save_vae_state
+
+
+def main() -> None:
+    """Parse and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run directory, one of its iterations, or a file of weights")
+    parser.add_argument("out", type=Path, help="file to write")
+    options = parser.parse_args()
+    setup_logging()
+    try:
+        state = load_vae_state(options.run)
+    except SatError as error:
+        logging.getLogger("sat").error("error: %s", error)
+        sys.exit(2)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_vae_state(state, options.out)
+    print(f"wrote {options.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
