@@ -215,7 +215,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 def join_over_no_network() -> str:
     os.environ["GLOO_SOCKET_IFNAME"] = "none0"
-    return join(0.1)[0]
+    return join(0.2)[0]
 
 
 def test_ranks_that_meet_but_cannot_connect_hear_of_the_network() -> None:
