@@ -13,6 +13,7 @@ CONVERT = ["diffusers>=0.35", "accelerate>=1"]
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2",
+    "pytest-xdist>=3",
     "hypothesis>=6",
     "ruff>=0.9",
     "mypy>=1.15",
