@@ -17,8 +17,11 @@ wanted=$(cat setup.py constraints.txt | cksum)
 stamp=.venv/installed-$extra
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "installing the pinned versions into .venv (a minute or two)" >&2
-  # torch alone and first, so that no other package chooses its build. TORCH_INDEX may name an index of CPU builds.
-  pip install --quiet "$(grep '^torch==' constraints.txt)" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+  # torch alone and first, so that no other package chooses its build: the CPU's where there is no GPU and pip finds it.
+  torch=$(grep '^torch==' constraints.txt)
+  command -v nvidia-smi > /dev/null || cpu_build=$torch+cpu
+  install_torch() { pip install --quiet "$1" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}; }
+  install_torch "${cpu_build:-$torch}" 2> /dev/null || install_torch "$torch"
   pip install --quiet --constraint constraints.txt --editable ".[$extra]"
   echo "$wanted" > "$stamp"
 fi
