@@ -104,6 +104,21 @@ def pointwise(conv: nn.Conv3d, video: Tensor) -> Tensor:
     return rearrange(product, "b t h w c -> b c t h w")
 
 
+def convolve(conv: nn.Conv3d, video: Tensor) -> Tensor:
+    """A convolution of several taps, (b c_in t h w) -> (b c_out t' h w): where no gradient is recorded, by oneDNN.
+
+    torch itself leaves one float32 clip with c_in t h <= 20,480 (`use_mkldnn` in its Convolution.cpp: columns do not
+    count) to another kernel, which takes 254 ms against 69 ms at 64 -> 128 channels, 5 x 64 x 64, 1 thread.
+    """
+    fits_onednn = video.device.type == "cpu" and video.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not fits_onednn or records_gradient(video, *conv.parameters()):
+        return conv(video)
+    assert isinstance(conv.padding, tuple)
+    return torch.mkldnn_convolution(
+        video, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups
+    )
+
+
 class ConvCache:
     """What causal convolutions carry from one time chunk of a clip to the next: the last frames that each one saw.
 
@@ -227,7 +242,7 @@ class CausalConv3d(nn.Module):
         if self.conv.kernel_size == (1, 1, 1):
             return pointwise(self.conv, window)
         if self.conv.in_channels > FEW_CHANNELS or not self.lookback:
-            return self.conv(window)
+            return convolve(self.conv, window)
         num_frames = window.shape[2] - self.lookback
         stacked = torch.cat([window[:, :, tap : tap + num_frames] for tap in range(self.lookback + 1)], dim=1)
         kernel = rearrange(self.conv.weight, "o i k h w -> o (k i) h w")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from sat.vae import ConvCache
@@ -149,6 +150,17 @@ def test_slices_change_nothing(
     kept, sliced = cache.take(conv), sliced_cache.take(conv)
     assert kept is not None and sliced is not None
     assert torch.equal(sliced, kept)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@torch.no_grad()
+def test_a_small_clip_meets_no_slow_kernel() -> None:
+    conv, video = make_conv(8), make_video(8, 2, batch=1)
+    expected = plain(conv.conv, video)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        result = conv(video)
+    assert_close(result, expected, **TOLERANCE)
+    assert "aten::mkldnn_convolution" in {event.name for event in profiler.events()}
 
 
 def test_with_gradients_there_is_one_slice(monkeypatch: pytest.MonkeyPatch) -> None:
