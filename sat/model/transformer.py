@@ -263,15 +263,8 @@ class BaseTransformer(nn.Module):
 
     def _layer_groups(self) -> list[tuple[tuple[int, ...], Kept]]:
         """The layers in groups, and what each group keeps for backward in training."""
-        layers = range(self.num_layers)
         activations = self.activations or Activations("inputs" if self.checkpoint_activations else "all")
-        if activations.kept == "all":
-            return [((index,), "all") for index in layers]
-        last = self.num_layers - self.checkpoint_skip_layers
-        starts = range(0, last, self.checkpoint_num_layers)
-        groups = [tuple(layers[low : min(low + self.checkpoint_num_layers, last)]) for low in starts]
-        kept = [(group, activations.of_group(number)) for number, group in enumerate(groups)]
-        return [*kept, *(((index,), "all") for index in layers[last:])]
+        return activations.groups(self.num_layers, self.checkpoint_num_layers, self.checkpoint_skip_layers)
 
     def layers_that_keep(self, *kept: Kept) -> int:
         """How many layers keep one of these in training."""
