@@ -16,6 +16,7 @@ from sat.mpu.context import SequenceShard
 from sat.mpu.layers import ColumnParallelLinear, InitMethod, VocabParallelEmbedding, unscaled_init_method
 from sat.mpu.state import ParallelState, get_parallel_state
 from sat.mpu.utils import gelu, split_tensor_along_last_dim
+from sat.ops.layernorm import LayerNorm
 from sat.ops.rotary import RotaryEmbedding
 
 # All but BaseTransformer are other modules' own; users' mixins import them from here.
@@ -72,7 +73,7 @@ class BaseTransformer(nn.Module):
         init_method_std: float = 0.02,
         init_method: InitMethod | None = None,
         activation_func: Callable[[Tensor], Tensor] = gelu,
-        layernorm: Callable[..., nn.Module] = nn.LayerNorm,
+        layernorm: Callable[..., nn.Module] = LayerNorm,
         skip_init: bool = False,
         params_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
