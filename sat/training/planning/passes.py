@@ -278,7 +278,7 @@ def run_parts(work: Work, parallel: ParallelState, num_layers: int, activations:
     """Run a network of so many layers: before them; each one; the loss; its backward; each one's, the last one's first;
     after them. What the inputs need is there at the start."""
     parts = _build(work, parallel, num_layers)
-    transformer = parts.engine.network.transformer  # type: ignore[union-attr]
+    transformer: Any = parts.engine.network.transformer  # type: ignore[union-attr]
     transformer.activations = activations
     transformer.checkpoint_num_layers, transformer.checkpoint_skip_layers = work.group_size, work.skipped
     sum_partial_gradients(parts, parallel)
