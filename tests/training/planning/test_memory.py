@@ -126,8 +126,6 @@ QUICK = {
     ("wide", "1"),
     ("medium", "2 in bf16 with averages"),
     ("medium", "1 in bf16, recomputed"),
-    ("long", "2, attention kept"),
-    ("long", "1, every second"),
     ("long", "2, in the host"),
 }
 
