@@ -147,12 +147,16 @@ def sensible_layouts(world: int, configured: Layout) -> Iterator[Layout]:
 def estimate_all(job: Job, layouts: Sequence[Layout]) -> list[Estimate]:
     """What each possible layout takes; the process must pretend to be of job.world ranks."""
     pieces: dict[tuple[int, int], Pieces] = {}
+    passes: dict[tuple[tuple[int, int], str], Pass] = {}
     found = []
     for layout in filter(job.is_possible, layouts):
         split = (layout.model_parallel_size, layout.context_parallel_size)
         if split not in pieces:
             pieces[split] = take_apart(job.work, pretend_layout(job.work, *split, job.mode))
-        found.append(estimate(job, layout, pieces[split].whole(job.work.groups(layout.activations))))
+        key = (split, layout.activations)
+        if key not in passes:
+            passes[key] = pieces[split].whole(job.work.groups(layout.activations))
+        found.append(estimate(job, layout, passes[key]))
     return found
 
 
