@@ -38,6 +38,7 @@ from sat.data.clip import COUNTS, HEADER_KEYS, IMAGE_SUFFIXES, VIDEO_SUFFIXES, C
 from sat.data.quarantine import BadClip
 from sat.data.remote import ChangedError, Window, is_url, open_at, read_part
 from sat.data.video import ClipInfo, Embedded, probe
+from sat.environment import cache_folder
 from sat.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -217,8 +218,8 @@ def index_shard(shard: str, with_headers: bool) -> list[bytes]:
 
 
 def index_folder() -> Path:
-    """Where indexes are kept: $XDG_CACHE_HOME/sat-video, by default ~/.cache/sat-video."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sat-video" / "shards"
+    """Where indexes are kept."""
+    return cache_folder() / "shards"
 
 
 def _kept_index(shard: str) -> Path:

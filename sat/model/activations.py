@@ -39,9 +39,18 @@ class Activations:
             raise ConfigError(f"activations is '{choice}'; give one of {', '.join(CHOICES)} (N: 2, 3, ..)")
         return cls("inputs", int(found[1]))
 
-    def of_group(self, number: int) -> Kept:
-        """What the group of layers of that number keeps."""
-        return self.kept if number % self.every == 0 else "all"
+    def groups(self, num_layers: int, group_size: int = 1, skipped: int = 0) -> list[tuple[tuple[int, ...], Kept]]:
+        """The layers in groups, and what each group keeps; the last `skipped` layers keep all."""
+        layers = range(num_layers)
+        if self.kept == "all":
+            return [((index,), "all") for index in layers]
+        last = num_layers - skipped
+        starts = range(0, last, group_size)
+        groups = [tuple(layers[low : min(low + group_size, last)]) for low in starts]
+        kept: list[tuple[tuple[int, ...], Kept]] = [
+            (group, self.kept if number % self.every == 0 else "all") for number, group in enumerate(groups)
+        ]
+        return [*kept, *(((index,), "all") for index in layers[last:])]
 
 
 def run_keeping(kept: Kept, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -86,8 +95,14 @@ def _keep_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
     return create_selective_checkpoint_contexts(policy)
 
 
+def goes_to_host(tensor: Tensor) -> bool:
+    """Whether `offload` moves it: neither weights nor what is small."""
+    is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+    return not is_weight and tensor.numel() >= _MIN_OFFLOADED
+
+
 def _to_host(tensor: Tensor) -> Any:
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter) or tensor.numel() < _MIN_OFFLOADED:
+    if not goes_to_host(tensor):
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return tensor.device, host.copy_(tensor, non_blocking=True)

@@ -22,6 +22,7 @@ from sat.mpu.layers import (
 )
 from sat.mpu.shards import divide, split_evenly
 from sat.mpu.utils import gelu
+from sat.ops.layernorm import LayerNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class LayerConfig:
     cross_hidden_size_per_attention_head: int | None = None
     cross_num_multi_query_heads: int = 0
     activation_func: Callable[[Tensor], Tensor] = gelu
-    layernorm: Callable[..., nn.Module] = nn.LayerNorm
+    layernorm: Callable[..., nn.Module] = LayerNorm
     init_method: InitMethod | None = None
     output_init_method: InitMethod | None = None
     skip_init: bool = False

@@ -16,6 +16,7 @@ from sat.mpu.context import SequenceShard
 from sat.mpu.layers import ColumnParallelLinear, InitMethod, VocabParallelEmbedding, unscaled_init_method
 from sat.mpu.state import ParallelState, get_parallel_state
 from sat.mpu.utils import gelu, split_tensor_along_last_dim
+from sat.ops.layernorm import LayerNorm
 from sat.ops.rotary import RotaryEmbedding
 
 # All but BaseTransformer are other modules' own; users' mixins import them from here.
@@ -72,7 +73,7 @@ class BaseTransformer(nn.Module):
         init_method_std: float = 0.02,
         init_method: InitMethod | None = None,
         activation_func: Callable[[Tensor], Tensor] = gelu,
-        layernorm: Callable[..., nn.Module] = nn.LayerNorm,
+        layernorm: Callable[..., nn.Module] = LayerNorm,
         skip_init: bool = False,
         params_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -263,15 +264,8 @@ class BaseTransformer(nn.Module):
 
     def _layer_groups(self) -> list[tuple[tuple[int, ...], Kept]]:
         """The layers in groups, and what each group keeps for backward in training."""
-        layers = range(self.num_layers)
         activations = self.activations or Activations("inputs" if self.checkpoint_activations else "all")
-        if activations.kept == "all":
-            return [((index,), "all") for index in layers]
-        last = self.num_layers - self.checkpoint_skip_layers
-        starts = range(0, last, self.checkpoint_num_layers)
-        groups = [tuple(layers[low : min(low + self.checkpoint_num_layers, last)]) for low in starts]
-        kept = [(group, activations.of_group(number)) for number, group in enumerate(groups)]
-        return [*kept, *(((index,), "all") for index in layers[last:])]
+        return activations.groups(self.num_layers, self.checkpoint_num_layers, self.checkpoint_skip_layers)
 
     def layers_that_keep(self, *kept: Kept) -> int:
         """How many layers keep one of these in training."""

@@ -1,4 +1,5 @@
-"""Which kernel torch's attention runs, chosen once at the start: by configuration, or by a short timing on the device.
+"""Which kernel torch's attention runs, chosen once at the start: by configuration, or by a short timing on the device,
+which is kept for the next runs.
 
 torch's `flash` is FlashAttention 2, so the package flash-attn is of no further use; FlashAttention 3 takes its place in
 torch's own operations where its package (flash_attn_interface) is installed. Packed rows go by torch's variable-length
@@ -7,10 +8,12 @@ form of the same kernels.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +21,9 @@ import torch.nn.functional as F
 from torch.nn import attention as kernels
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sat.environment import cache_folder
 from sat.errors import ConfigError
+from sat.ops.kept_times import keep_times, recall_times
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,9 @@ class AttentionWork:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+
+
+Measure = Callable[[AttentionWork], dict[str, float]]
 
 
 @contextmanager
@@ -80,7 +88,7 @@ def attention_kernel(choice: str, work: AttentionWork) -> Iterator[str]:
             "args.attention is flash3, and this torch has no FlashAttention 3: install its package, which has the "
             "module flash_attn_interface, or give auto"
         )
-    name = fastest(_agreed(time_kernels(work))) if choice == "auto" else choice
+    name = fastest(*agreed_times(work)) if choice == "auto" else choice
     with using(name):
         yield name
 
@@ -90,21 +98,64 @@ def has_flash3() -> bool:
     return hasattr(kernels, "activate_flash_attention_impl") and find_spec("flash_attn_interface") is not None
 
 
-def fastest(seconds: Mapping[str, float]) -> str:
-    """The kernel that took the least time, with a line in the log; flash where none could be timed."""
+def fastest(seconds: Mapping[str, float], source: Path | None = None) -> str:
+    """The kernel that took the least time, with a line in the log; flash where none could be timed.
+
+    source: the file that the times are from, where they were not taken now.
+    """
     if not seconds:
         log.info("attention: flash (torch's; no kernel took the sizes of this run)")
         return "flash"
     order = sorted(seconds, key=seconds.__getitem__)
-    log.info("attention: %s (%s)", order[0], ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in order))
+    times = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in order)
+    log.info("attention: %s (%s%s)", order[0], times, "" if source is None else f"; from {source}")
     return order[0]
+
+
+def agreed_times(work: AttentionWork, measure: Measure | None = None) -> tuple[dict[str, float], Path | None]:
+    """Seconds of each kernel by the first rank, on every rank, and the file that they are from if not taken now.
+
+    measure: takes the times of such work, by default `time_kernels`.
+    """
+    found: list[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        found = [_times(work, measure or time_kernels)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _times(work: AttentionWork, measure: Measure) -> tuple[dict[str, float], Path | None]:
+    file, key = cache_folder() / "attention.json", _key(work)
+    kept = recall_times(file, key)
+    if kept is not None and kept.keys() <= KERNELS.keys():
+        return kept, file
+    seconds = measure(work)
+    if seconds:
+        keep_times(file, key, seconds)
+    return seconds, None
+
+
+def _key(work: AttentionWork) -> str:
+    """All that the times depend on, in words."""
+    device = torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else work.device.type
+    dtype = str(work.dtype).removeprefix("torch.")
+    sizes = f"{work.heads} heads of {work.head_dim}, {_timed_tokens(work)} tokens"
+    return f"{device}, torch {torch.__version__}, {dtype}, {sizes}: {' '.join(_timed_kernels())}"
+
+
+def _timed_kernels() -> list[str]:
+    return [name for name in KERNELS if name != "math" and (name != "flash3" or has_flash3())]
+
+
+def _timed_tokens(work: AttentionWork) -> int:
+    return min(work.tokens, _MAX_TIMED_TOKENS)
 
 
 def time_kernels(work: AttentionWork) -> dict[str, float]:
     """Seconds of a forward and backward call of each kernel that takes such work."""
-    names = [name for name in KERNELS if name != "math" and (name != "flash3" or has_flash3())]
     seconds = {}
-    for name in names:
+    for name in _timed_kernels():
         try:
             with using(name), sdpa_kernel(KERNELS[name]):
                 seconds[name] = _seconds(work)
@@ -114,7 +165,7 @@ def time_kernels(work: AttentionWork) -> dict[str, float]:
 
 
 def _seconds(work: AttentionWork) -> float:
-    shape = (1, work.heads, min(work.tokens, _MAX_TIMED_TOKENS), work.head_dim)
+    shape = (1, work.heads, _timed_tokens(work), work.head_dim)
     query, key, value = (torch.randn(shape, dtype=work.dtype, device=work.device, requires_grad=True) for _ in "qkv")
     best = float("inf")
     for _ in range(1 + _TIMED_CALLS):  # the first one warms up
@@ -124,12 +175,3 @@ def _seconds(work: AttentionWork) -> float:
         torch.cuda.synchronize(work.device)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _agreed(seconds: dict[str, float]) -> dict[str, float]:
-    """The first rank's times, on every rank."""
-    if not dist.is_initialized():
-        return seconds
-    shared = [seconds]
-    dist.broadcast_object_list(shared)
-    return shared[0]

@@ -3,7 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-LayerNorm = nn.LayerNorm
+from sat.ops.apex import norm_for
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, by NVIDIA Apex's kernel on a GPU where Apex is installed."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        norm = norm_for(hidden, self.weight, self.bias)
+        if norm is None:
+            return super().forward(hidden)
+        return norm(hidden, self.weight, self.bias, self.normalized_shape, self.eps)
 
 
 class RMSNorm(nn.Module):

@@ -301,6 +301,12 @@ class DeepSpeedConfig:
         """Peak learning rate."""
         return float((self.optimizer.get("params") or {}).get("lr", 1e-4))
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state and its update are the host's."""
+        zero = self.rest.get("zero_optimization") or {}
+        return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
     def as_deepspeed(self) -> dict[str, Any]:
         """The mapping that `deepspeed.initialize` takes."""
         config: dict[str, Any] = {

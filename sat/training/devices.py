@@ -32,6 +32,8 @@ class Device:
     """The vendor's bandwidth of its memory (1e12 bytes a second)."""
     link_gb_s: float
     """What it sends to the others of its machine, one way (1e9 bytes a second);"""
+    host_gb_s: float
+    """to the host's memory, one way: half of what datasheets give for its 16 lanes of PCIe (B200's is a guess);"""
     network_gb_s: float = 50.0
     """and to other machines: a 400 Gbit/s adapter for each device."""
     matrix_share: float = 0.75
@@ -40,6 +42,8 @@ class Device:
     """and attention of heads of 64 over long sequences, forward and backward."""
     copy_share: float = 0.80
     link_share: float = 0.75
+    host_share: float = 0.80
+    """What copies from and to pinned memory reach: a guess."""
 
     def peak_tflops(self, precision: Precision) -> float:
         """The vendor's dense peak in a precision."""
@@ -59,19 +63,20 @@ DEVICES = tuple(
         memory_gib=memory,
         copy_tb_s=copy,
         link_gb_s=link,
+        host_gb_s=host,
         **shares,  # type: ignore[arg-type]
     )
-    for name, half, single, memory, copy, link, shares in (
-        ("B200", 2250.0, 75.0, 178.0, 7.7, 900.0, {}),
-        ("H200", 989.0, 67.0, 139.8, 4.8, 450.0, _HOPPER),
-        ("H100", 989.0, 67.0, 79.1, 3.35, 450.0, _HOPPER),
-        ("H800", 989.0, 67.0, 79.1, 3.35, 200.0, _HOPPER),
-        ("H20", 148.0, 44.0, 95.0, 4.0, 450.0, {}),
-        ("A100-SXM4-40GB", 312.0, 19.5, 39.4, 1.55, 300.0, _AMPERE),
-        ("A100", 312.0, 19.5, 79.1, 2.0, 300.0, _AMPERE),
-        ("A800", 312.0, 19.5, 79.1, 2.0, 200.0, _AMPERE),
-        ("L40S", 362.0, 91.6, 44.4, 0.86, 25.0, {}),
-        ("4090", 165.0, 82.6, 23.5, 1.0, 25.0, {}),
+    for name, half, single, memory, copy, link, host, shares in (
+        ("B200", 2250.0, 75.0, 178.0, 7.7, 900.0, 64.0, {}),
+        ("H200", 989.0, 67.0, 139.8, 4.8, 450.0, 64.0, _HOPPER),
+        ("H100", 989.0, 67.0, 79.1, 3.35, 450.0, 64.0, _HOPPER),
+        ("H800", 989.0, 67.0, 79.1, 3.35, 200.0, 64.0, _HOPPER),
+        ("H20", 148.0, 44.0, 95.0, 4.0, 450.0, 64.0, {}),
+        ("A100-SXM4-40GB", 312.0, 19.5, 39.4, 1.55, 300.0, 32.0, _AMPERE),
+        ("A100", 312.0, 19.5, 79.1, 2.0, 300.0, 32.0, _AMPERE),
+        ("A800", 312.0, 19.5, 79.1, 2.0, 200.0, 32.0, _AMPERE),
+        ("L40S", 362.0, 91.6, 44.4, 0.86, 25.0, 32.0, {}),
+        ("4090", 165.0, 82.6, 23.5, 1.0, 25.0, 32.0, {}),
     )
 )
 """Vendors' figures; a device is the first whose name is a part of the driver's."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from sat.config import ConfigNode, did_you_mean, resolve_target
 from sat.errors import ConfigError
+from sat.ops.apex import find_adam
 from sat.ops.layernorm import RMSNorm
 
 NO_WD_MODULES: list[type[nn.Module]] = [nn.LayerNorm, RMSNorm]
@@ -83,16 +84,27 @@ def optimizer_class(config: Mapping[str, Any]) -> type[torch.optim.Optimizer]:
 
 
 _NOT_HANDED_ON = ("lr", "torch_adam")
-"""The parameter groups carry the rate; torch_adam is DeepSpeed's word for torch's Adam, which is what is used here."""
+"""The parameter groups carry the rate; torch_adam is DeepSpeed's word for torch's Adam, not Apex's."""
+_TAKEN_BY_APEX = {"betas", "eps", "weight_decay"}
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: Mapping[str, Any]) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], config: Mapping[str, Any], is_on_gpu: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer that `deepspeed.optimizer` describes: `{type, params}`.
 
-    It is handed to DeepSpeed as an object, so nothing is compiled at start.
+    It is handed to DeepSpeed as an object, so nothing is compiled at start. Adam and AdamW that update on a GPU are
+    NVIDIA Apex's where it is installed.
     """
-    params = {key: value for key, value in (config.get("params") or {}).items() if key not in _NOT_HANDED_ON}
+    given = config.get("params") or {}
+    params = {key: value for key, value in given.items() if key not in _NOT_HANDED_ON}
     if "betas" in params:
         params["betas"] = tuple(params["betas"])
     groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    return optimizer_class(config)(groups, **params)
+    kind: Any = optimizer_class(config)
+    if is_on_gpu and kind in (torch.optim.Adam, torch.optim.AdamW) and not given.get("torch_adam"):
+        fused: Any = find_adam() if params.keys() <= _TAKEN_BY_APEX else None
+        if fused is not None:
+            decay = inspect.signature(kind).parameters["weight_decay"].default  # torch's own, Apex has another
+            return fused(groups, **{"weight_decay": decay, **params}, adam_w_mode=kind is torch.optim.AdamW)
+    return kind(groups, **params)

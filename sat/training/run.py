@@ -20,6 +20,7 @@ from sat.mpu.launch import Launch
 from sat.mpu.recorder import Recorder
 from sat.mpu.shards import shard_rules
 from sat.mpu.state import AXES, set_parallel_state
+from sat.ops.apex import find_norm
 from sat.ops.attention_kernels import attention_kernel
 from sat.training.adapters import lora_alpha
 from sat.training.args import deepspeed_config, train_args
@@ -126,6 +127,8 @@ class Run:
         if isinstance(self.system, DiffusionSystem) and clips is not None:
             work = attention_work(self.system.engine.network, clips)
             resources.enter_context(attention_kernel(self.args.attention, work))
+            if work.device.type == "cuda":
+                find_norm()  # which the layers would do within the first step
         self.run_dir, self.lock = self._find_run_dir()
         self.health = Health(
             HealthOptions(self.args.max_skipped_steps, self.args.spike_deviations),

@@ -112,7 +112,8 @@ class Stepper:
         groups = parameter_groups(module, config.lr)
         places = {parameter: place for place, group in enumerate(groups) for parameter in group["params"]}
         self.watch = GradientWatch(self.names, places)
-        self.optimizer = build_optimizer(groups, config.optimizer)
+        is_on_gpu = launch.device.type == "cuda" and not config.offloads_optimizer
+        self.optimizer = build_optimizer(groups, config.optimizer, is_on_gpu)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self.optimizer,

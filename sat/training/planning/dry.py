@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import sat.ops.packed_attention  # noqa: F401  (registers the operations that are named below)
+from sat.model import activations
 
 _ATEN = torch.ops.aten
 _ATTENTION = {
@@ -47,6 +48,8 @@ class Counted:
     """What the other operations read and write."""
     operations: int = 0
     """Kernels started."""
+    host_bytes: int = 0
+    """Copied to the host's memory, and back."""
     sent_bytes: Fraction = Fraction(0)
 
     def __sub__(self, other: "Counted") -> "Counted":
@@ -91,6 +94,10 @@ class Watch(TorchDispatchMode):
     def counted(self) -> Counted:
         """What happened so far; collectives are counted elsewhere."""
         return Counted(**self._counts)  # type: ignore[arg-type]  # sent_bytes is not among them
+
+    def copied(self, num_bytes: int) -> None:
+        """So much went to the host's memory or came from there."""
+        self._counts["host_bytes"] += num_bytes
 
     def forget_peak(self) -> None:
         """Begin a new maximum."""
@@ -160,7 +167,33 @@ def _fused_attention() -> Iterator[None]:
 
 
 @contextmanager
+def _no_host(watch: Watch) -> Iterator[None]:
+    """What layers send to the host is counted and let go, and comes back as a new tensor."""
+    originals = activations._to_host, activations._from_host
+
+    def to_host(tensor: Tensor) -> Any:
+        if not activations.goes_to_host(tensor):
+            return tensor
+        watch.copied(tensor.numel() * tensor.element_size())
+        return tensor.shape, tensor.dtype
+
+    def from_host(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        shape, dtype = kept
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        watch.copied(tensor.numel() * tensor.element_size())
+        return tensor
+
+    activations._to_host, activations._from_host = to_host, from_host
+    try:
+        yield
+    finally:
+        activations._to_host, activations._from_host = originals
+
+
+@contextmanager
 def dry_run() -> Iterator[Watch]:
     """Count what happens within the block; what is made there is on the meta device unless it says otherwise."""
-    with torch.device("meta"), _fused_attention(), Watch("meta") as watch:
+    with torch.device("meta"), _fused_attention(), Watch("meta") as watch, _no_host(watch):
         yield watch

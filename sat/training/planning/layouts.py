@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
+from sat.model.activations import Activations, Kept
 from sat.mpu.state import ContextMode, choose_ulysses
 from sat.mpu.traffic import zero_bytes
 from sat.training.devices import GIB, Device, Precision
 from sat.training.planning.memory import Memory, Zero, memory_of
-from sat.training.planning.passes import Encoders, Pass, Work, pretend_layout, run_pass
+from sat.training.planning.passes import Encoders, Pass, Pieces, Work, pretend_layout, take_apart
 
 DEVICES_OF_A_MACHINE = 8
 USABLE = 0.95
@@ -31,13 +32,13 @@ class Layout:
     model_parallel_size: int = 1
     context_parallel_size: int = 1
     stage: int = 0
-    checkpoint_activations: bool = False
+    activations: str = "keep"
     offload_optimizer: bool = False
 
     def changes(self, other: "Layout") -> list[str]:
         """The words for the command line that lead from `other` here."""
         return [
-            _KEYS[field.name].format(str(getattr(self, field.name)).lower())
+            _KEYS[field.name].format(getattr(self, field.name))
             for field in fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
@@ -47,7 +48,7 @@ _KEYS = {
     "model_parallel_size": "args.model_parallel_size={}",
     "context_parallel_size": "args.context_parallel_size={}",
     "stage": "deepspeed.zero_optimization.stage={}",
-    "checkpoint_activations": "args.checkpoint_activations={}",
+    "activations": "args.activations={}",
     "offload_optimizer": "deepspeed.zero_optimization.offload_optimizer.device=cpu",
 }
 
@@ -65,6 +66,8 @@ class Estimate:
     """Of a step, by what they are spent on."""
     sent_bytes: float
     """By a rank in a step."""
+    host_bytes: float
+    """Of a rank's activations, in the host's memory."""
     model_flops: float
     """Of a device in a step."""
     precision: Precision
@@ -119,30 +122,40 @@ class Job:
         needs_stage = self.precision != "fp32" and layout.stage == 0
         if tp > heads or needs_stage or self.batches(layout) is None or (layout.offload_optimizer and not layout.stage):
             return False
+        if layout.activations == "keep_attention" and layout.stage == 3:
+            return False
         return cp == 1 or choose_ulysses(self.mode, cp, -(-heads // tp)) == cp
 
 
+COMPARED = ("keep", "recompute", "keep_attention", *(f"recompute_every_{n}" for n in (2, 3, 4, 8)), "offload")
+"""Choices of what layers keep."""
+
+
 def sensible_layouts(world: int, configured: Layout) -> Iterator[Layout]:
-    """Layouts to compare: tensor or context parallelism within a machine, not both; every stage, with and without
-    recomputation and offload; and the configured one."""
+    """Layouts to compare: tensor or context parallelism within a machine, not both; each choice of what layers keep;
+    every stage, with and without offload; and the configured one."""
     sizes = [size for size in (1, 2, 4, 8) if size <= min(world, DEVICES_OF_A_MACHINE) and world % size == 0]
     splits = [(1, 1), *((size, 1) for size in sizes[1:]), *((1, size) for size in sizes[1:])]
     own = (configured.model_parallel_size, configured.context_parallel_size)
     for tp, cp in dict.fromkeys([own, *splits]):
-        for recompute in (False, True):
+        for activations in dict.fromkeys([configured.activations, *COMPARED]):
             for stage in (0, 1, 2, 3):
                 for offload in (False, True):
-                    yield Layout(tp, cp, stage, recompute, offload)
+                    yield Layout(tp, cp, stage, activations, offload)
 
 
 def estimate_all(job: Job, layouts: Sequence[Layout]) -> list[Estimate]:
     """What each possible layout takes; the process must pretend to be of job.world ranks."""
-    passes: dict[tuple[int, int, bool], Pass] = {}
+    pieces: dict[tuple[int, int], Pieces] = {}
+    passes: dict[tuple[tuple[int, int], str], Pass] = {}
     found = []
     for layout in filter(job.is_possible, layouts):
-        key = (layout.model_parallel_size, layout.context_parallel_size, layout.checkpoint_activations)
+        split = (layout.model_parallel_size, layout.context_parallel_size)
+        if split not in pieces:
+            pieces[split] = take_apart(job.work, pretend_layout(job.work, *split, job.mode))
+        key = (split, layout.activations)
         if key not in passes:
-            passes[key] = run_pass(job.work, pretend_layout(job.work, *key[:2], job.mode), key[2])
+            passes[key] = pieces[split].whole(job.work.groups(layout.activations))
         found.append(estimate(job, layout, passes[key]))
     return found
 
@@ -165,6 +178,7 @@ def estimate(job: Job, layout: Layout, run: Pass) -> Estimate:
         device=job.device,
         seconds=_seconds(job, run, zero, replicas, accumulation, of_layers, of_zero),
         sent_bytes=of_zero + of_layers,
+        host_bytes=run.forward.host_bytes,
         model_flops=job.clip_flops * samples * dp / job.world,
         precision=job.precision,
     )
@@ -188,8 +202,9 @@ def _seconds(
     hidden = OVERLAP * accumulation * busy * 2 / 3 if zero.num_buckets > 1 or zero.stage == 3 else 0.0
     own = run.trained / (replicas if zero.stage else 1)
     update = own * (UPDATE_BYTES + 8 * zero.state_kinds) / (device.copy_tb_s * tera * device.copy_share)
+    host_link = 1e9 * device.host_share * device.host_gb_s
     if zero.offload:
-        update = own * (UPDATE_BYTES + 8 * zero.state_kinds) / 100e9 + 3 * zero.element_bytes * own / 25e9
+        update = own * (UPDATE_BYTES + 8 * zero.state_kinds) / 100e9 + 3 * zero.element_bytes * own / host_link
     clips = accumulation * job.work.samples
     encoding = clips * (
         job.encoders.encoding.products / (device.half_tflops * tera * CONVOLUTION_SHARE)
@@ -200,6 +215,7 @@ def _seconds(
         "attention": accumulation * attention,
         "other operations": accumulation * elements,
         "waiting for the host": accumulation * host,
+        "copies to the host and back": accumulation * both.host_bytes / host_link,
         "encoding": encoding,
         "sending in layers": of_layers / link,
         "sending gradients and weights": max(of_zero / far - hidden, of_zero / far / 3),
@@ -218,7 +234,8 @@ def choose(estimates: Sequence[Estimate]) -> Estimate | None:
 
 def _plainness(layout: Layout) -> tuple[Any, ...]:
     shared = layout.model_parallel_size * layout.context_parallel_size
-    return (layout.offload_optimizer, shared, layout.stage, layout.checkpoint_activations)
+    choice = Activations.parse(layout.activations)
+    return (layout.offload_optimizer, shared, layout.stage, get_args(Kept).index(choice.kept), choice.every)
 
 
 def smallest_change(estimates: Sequence[Estimate], configured: Layout) -> Estimate | None:

@@ -60,7 +60,7 @@ class Zero:
             bucket=int(section.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
             num_buckets=2 if overlaps and config.zero_stage < 3 else 1,
             max_live=int(section.get("stage3_max_live_parameters", MAX_LIVE)),
-            offload=(section.get("offload_optimizer") or {}).get("device", "none") == "cpu",
+            offload=config.offloads_optimizer,
         )
 
 

@@ -69,7 +69,8 @@ def describe_job(config: ConfigNode, device: Device, world: int) -> tuple[Job, L
     precision, micro = section.precision, section.micro_batch_size
     _, kind, rows = take_plan(config["data"])
     samples = micro if kind != "pack" or rows is None else _clips_of_a_row(rows, clip.video_tokens + clip.text_length)
-    modules = params_of(parts, "network_config")["modules"]
+    network = params_of(parts, "network_config")
+    modules, of_model = network["modules"], network.get("transformer_args") or {}
     work = Work(
         model=config["model"],
         clip=clip,
@@ -78,14 +79,16 @@ def describe_job(config: ConfigNode, device: Device, world: int) -> tuple[Job, L
         dtype=DTYPES[precision],
         is_packed=kind == "pack",
         rows=micro,
+        group_size=args.checkpoint_num_layers or of_model.get("checkpoint_num_layers", 1),
+        skipped=of_model.get("checkpoint_skip_layers", 0),
     )
     zero = Zero.of(section)
-    recompute = args.checkpoint_activations if args.activations is None else args.activations != "keep"
+    recompute = args.checkpoint_activations
     if recompute is None:
-        arguments = work.network.get("transformer_args") or {}
-        recompute = bool(arguments.get("checkpoint_activations", False))
+        recompute = of_model.get("checkpoint_activations", False)
+    activations = args.activations or ("recompute" if recompute else "keep")
     configured = Layout(
-        args.model_parallel_size, args.context_parallel_size, section.zero_stage, recompute, zero.offload
+        args.model_parallel_size, args.context_parallel_size, section.zero_stage, activations, zero.offload
     )
     job = Job(
         work=work,
@@ -154,8 +157,8 @@ def _quiet() -> Iterator[None]:
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 HEADER = (
-    " dp cp tp ZeRO recompute offload | weights optimizer  EMA grads buffers encoders activations |   peak GiB  at"
-    "              |  s/step   MFU  sent GB"
+    " dp cp tp ZeRO       activations offload | weights optimizer  EMA grads buffers encoders activations |   peak GiB"
+    "  at              |  s/step   MFU  sent GB"
 )
 
 
@@ -174,11 +177,12 @@ def _encoding(job: Job) -> float:
 
 
 def _table(estimates: Sequence[Estimate]) -> list[str]:
-    """For each way to split and recompute, the best stage: the fastest that fits, else the smallest."""
-    groups: dict[tuple[int, int, bool], list[Estimate]] = {}
+    """For each way to split and each choice of what layers keep, the best stage, and the best N of every N-th layer:
+    the fastest that fits, else the smallest."""
+    groups: dict[tuple[int, int, str], list[Estimate]] = {}
     for one in estimates:
         layout = one.layout
-        key = (layout.model_parallel_size, layout.context_parallel_size, layout.checkpoint_activations)
+        key = (layout.model_parallel_size, layout.context_parallel_size, layout.activations.rstrip("0123456789"))
         groups.setdefault(key, []).append(one)
     best = [choose(group) or min(group, key=lambda one: one.memory.peak) for group in groups.values()]
     return [HEADER, *(row(one) for one in sorted(best, key=lambda one: (not one.fits, one.step_seconds)))]
@@ -191,7 +195,7 @@ def row(one: Estimate) -> str:
     sizes = [value / GIB for value in (*parts, memory.activations, memory.peak)]
     return (
         f"{one.dp:3} {layout.context_parallel_size:2} {layout.model_parallel_size:2} {layout.stage:4} "
-        f"{'all' if layout.checkpoint_activations else 'none':>9} {'cpu' if layout.offload_optimizer else '-':>7} | "
+        f"{layout.activations:>17} {'cpu' if layout.offload_optimizer else '-':>7} | "
         "{:7.1f} {:9.1f} {:4.1f} {:5.1f} {:7.1f} {:8.1f} {:11.1f} | {:7.1f} ".format(*sizes)
         + f"{'   ' if one.fits else 'OVER'[:3]} {memory.peak_moment:<16} | {one.step_seconds:7.2f} {one.mfu:5.0%} "
         f"{one.sent_bytes / 1e9:8.1f}"
@@ -226,11 +230,12 @@ def _reason(estimates: Sequence[Estimate], chosen: Estimate, configured: Layout)
         f"  because: of {len(estimates)} layouts {fitting} fit; it is the plainest within 2 % of the fastest",
         f"  {chosen.step_seconds:.2f} s a step, MFU {chosen.mfu:.0%}, {chosen.memory.peak / GIB:.1f} GiB: {spent}",
     ]
-    if layout.checkpoint_activations:
-        kept = replace(layout, checkpoint_activations=False)
-        other = next((one for one in estimates if one.layout == kept), None)
-        if other is not None:
-            lines.append(f"  without recomputation it would hold {other.memory.peak / GIB:.1f} GiB")
+    if chosen.host_bytes:
+        lines.append(f"  besides, {chosen.host_bytes / GIB:.1f} GiB of the host's memory for each device")
+    if layout.activations != "keep":
+        kept = replace(layout, activations="keep")
+        other = next(one for one in estimates if one.layout == kept)
+        lines.append(f"  with activations kept it would hold {other.memory.peak / GIB:.1f} GiB")
     return lines
 
 
