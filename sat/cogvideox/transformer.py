@@ -13,7 +13,7 @@ from sat.cogvideox.mixins import SwiGLUMixin
 from sat.config import ConfigNode, did_you_mean, instantiate_from_config, warn_once
 from sat.errors import ConfigError
 from sat.model.base_model import ARGS_DEFAULT, BaseMixin, BaseModel
-from sat.ops.layernorm import RMSNorm
+from sat.ops.layernorm import LayerNorm, RMSNorm
 from sat.ops.modulate import Spans, TokenRows
 from sat.ops.sinusoid import sinusoid
 
@@ -92,7 +92,7 @@ class DiffusionTransformer(BaseModel):
         time_embed_dim = time_embed_dim or hidden_size
         arguments = dict(transformer_args or {})
         _check_transformer_args(transformer_args or {})
-        layernorm: Any = RMSNorm if use_RMSNorm else partial(nn.LayerNorm, elementwise_affine=elementwise_affine)
+        layernorm: Any = RMSNorm if use_RMSNorm else partial(LayerNorm, elementwise_affine=elementwise_affine)
         super().__init__(
             {
                 "vocab_size": 1,
