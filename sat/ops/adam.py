@@ -1,7 +1,7 @@
 """Adam with an exponential moving average of the weights, under SAT's name."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,17 +62,17 @@ class FusedEmaAdam(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:
         """Update parameters that have all had `step` updates, this one included."""
         numbers = self._numbers_of(group, step)
-        plain = []
+        plain: list[Sequence[Tensor]] = []
         for parameter in parameters:
             state = self.state[parameter]
-            tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["shadow"])
+            tensors: Any = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["shadow"])
             kernels = triton_kernels(*tensors)
             if kernels is None or parameter.dtype != torch.float32 or not all(t.is_contiguous() for t in tensors):
                 plain.append(tensors)
             else:
                 kernels.adam_ema(tensors, *numbers)
         if plain:
-            _update_plainly(*map(list, zip(*plain)), numbers)
+            _update_plainly(plain, numbers)
 
     def _numbers_of(self, group: dict[str, Any], step: int) -> "_Numbers":
         beta1, beta2 = group["betas"]
@@ -121,14 +121,9 @@ class _Numbers(NamedTuple):
     """How far the shadow moves towards the parameter."""
 
 
-def _update_plainly(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    shadows: list[Tensor],
-    numbers: _Numbers,
-) -> None:
+def _update_plainly(tensors: Sequence[Sequence[Tensor]], numbers: _Numbers) -> None:
+    """One update in place. tensors: of each parameter itself, gradient, exp_avg, exp_avg_sq, shadow."""
+    parameters, gradients, first, second, shadows = (list(own) for own in zip(*tensors))
     if numbers.coupled_decay:
         gradients = list(torch._foreach_add(gradients, parameters, alpha=numbers.coupled_decay))
     torch._foreach_lerp_(first, gradients, numbers.rest1)

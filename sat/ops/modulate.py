@@ -124,12 +124,12 @@ class _NormSpans(torch.autograd.Function):
         if ctx.kernels is not None:
             grads = ctx.kernels.norm_backward(grad, *ctx.saved_tensors, ctx.spans, ctx.is_rms)
         else:
-            grads = _layer_norm_backward(grad, *ctx.saved_tensors, ctx.spans)
+            grads = _layer_norm_backward(ctx.spans, grad, *ctx.saved_tensors)
         return *grads, None, None, None
 
 
 def _layer_norm_backward(
-    grad: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, spans: Spans
+    spans: Spans, grad: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, gain and offset, by torch's own backward pass of LayerNorm over each sample's spans."""
     grad_hidden, grad_gain, grad_offset = torch.empty_like(hidden), torch.zeros_like(gain), torch.zeros_like(gain)

@@ -20,7 +20,7 @@ from sat.ops.modulate import Spans
 VERSION = triton.__version__
 
 CHUNK = 32
-"""Tokens of a program of the operations by span; its sums in memory take a twelfth of what the tokens do, in bfloat16."""
+"""Tokens of a program of the operations by span; its sums in memory take a twelfth of what tokens do in bfloat16."""
 HEAD_TOKENS = 64
 """Tokens of one head in a program."""
 _SUMMED_CHUNKS, _SUMMED_COLUMNS = 32, 64
