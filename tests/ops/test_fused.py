@@ -52,8 +52,8 @@ def test_a_kernel_gives_outputs_and_gradients_of_the_plain_form(
 
 
 def check_errors(errors: dict[str, dict[str, float]], dtype: str) -> None:
-    assert max(errors["kernel"].values()) < KERNEL_ERROR[dtype], errors
-    assert max(errors["plain"].values()) < PLAIN_ERROR[dtype], errors
+    assert all(error < KERNEL_ERROR[dtype] for error in errors["kernel"].values()), errors  # max passes over nan
+    assert all(error < PLAIN_ERROR[dtype] for error in errors["plain"].values()), errors
 
 
 @needs_triton
