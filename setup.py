@@ -21,6 +21,7 @@ TEST = [
     "types-tqdm",
     "tensorboard>=2",
     "peft>=0.17",
+    "triton>=3.4; platform_system == 'Linux'",  # its interpreter; torch for CUDA brings the version that it needs
 ]
 
 setup(

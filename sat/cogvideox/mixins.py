@@ -22,7 +22,8 @@ from sat.model.defaults import attention_fn_default, project
 from sat.mpu.context import SequenceShard
 from sat.mpu.gradients import mark_partial
 from sat.mpu.layers import ColumnParallelLinear
-from sat.ops.modulate import Span, gated_residual, modulate_spans
+from sat.ops.layernorm import HeadNorm, LayerNorm, norm_and_modulate
+from sat.ops.modulate import Span, gated_residual
 from sat.ops.rotary import rotary_table_3d, rotate_interleaved, split_head_dim, stretched_coordinates
 
 QK_NORM_EPSILON = 1e-6
@@ -256,8 +257,13 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
         *,
         rope: tuple[Tensor, Tensor],
         sequence: SequenceShard | None,
+        qk_norms: tuple[HeadNorm, HeadNorm] | None = None,
     ) -> Tensor:
-        query_layer, key_layer = rotate_interleaved(query_layer, *rope), rotate_interleaved(key_layer, *rope)
+        """qk_norms: norms of q and k that whoever wraps this leaves to be done in one pass with the turn."""
+        if qk_norms is None:
+            query_layer, key_layer = rotate_interleaved(query_layer, *rope), rotate_interleaved(key_layer, *rope)
+        else:
+            query_layer, key_layer = qk_norms[0](query_layer, rope), qk_norms[1](key_layer, rope)
         if self.rot_v:
             value_layer = rotate_interleaved(value_layer, *rope)
         return attention_fn_default(
@@ -307,12 +313,8 @@ class AdaLNMixin(BaseMixin):
         self.qk_ln = qk_ln
         if qk_ln:
             options: dict[str, Any] = {"eps": QK_NORM_EPSILON, "elementwise_affine": elementwise_affine}
-            self.query_layernorm_list = nn.ModuleList(
-                nn.LayerNorm(hidden_size_head, **options) for _ in range(num_layers)
-            )
-            self.key_layernorm_list = nn.ModuleList(
-                nn.LayerNorm(hidden_size_head, **options) for _ in range(num_layers)
-            )
+            self.query_layernorm_list = nn.ModuleList(HeadNorm(hidden_size_head, **options) for _ in range(num_layers))
+            self.key_layernorm_list = nn.ModuleList(HeadNorm(hidden_size_head, **options) for _ in range(num_layers))
             for parameter in (*self.query_layernorm_list.parameters(), *self.key_layernorm_list.parameters()):
                 mark_partial(parameter)  # each rank norms only its own heads
 
@@ -333,13 +335,13 @@ class AdaLNMixin(BaseMixin):
         modulation = rearrange(self.modulations[index](ctx.emb), "b (r m d) -> m b r d", r=2, m=6)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.flip(2)  # stored video first
 
-        normed = modulate_spans(layer.input_layernorm(hidden_states), shift_a, scale_a, spans)
+        normed = norm_and_modulate(layer.input_layernorm, hidden_states, shift_a, scale_a, spans)
         branch = layer.attention(normed, mask, ctx=ctx)
         if layer.layernorm_order == "sandwich":
             branch = layer.third_layernorm(branch)
         hidden_states = gated_residual(hidden_states, branch, gate_a, spans)
 
-        normed = modulate_spans(layer.post_attention_layernorm(hidden_states), shift_m, scale_m, spans)
+        normed = norm_and_modulate(layer.post_attention_layernorm, hidden_states, shift_m, scale_m, spans)
         branch = layer.mlp(normed, ctx=ctx)
         if layer.layernorm_order == "sandwich":
             branch = layer.fourth_layernorm(branch)
@@ -349,10 +351,12 @@ class AdaLNMixin(BaseMixin):
     def attention_fn(
         self, query_layer: Tensor, key_layer: Tensor, *tensors: Any, layer_id: int, old_impl: Any
     ) -> Tensor:
-        if self.qk_ln:
-            query_layer = self.query_layernorm_list[int(layer_id)](query_layer)
-            key_layer = self.key_layernorm_list[int(layer_id)](key_layer)
-        return old_impl(query_layer, key_layer, *tensors)
+        if not self.qk_ln:
+            return old_impl(query_layer, key_layer, *tensors)
+        norms = self.query_layernorm_list[int(layer_id)], self.key_layernorm_list[int(layer_id)]
+        if old_impl.declares("qk_norms") and all(isinstance(norm, HeadNorm) for norm in norms):
+            return old_impl(query_layer, key_layer, *tensors, qk_norms=norms)
+        return old_impl(norms[0](query_layer), norms[1](key_layer), *tensors)
 
 
 class SwiGLUMixin(BaseMixin):
@@ -387,7 +391,7 @@ class FinalLayerMixin(BaseMixin):
     ) -> None:
         super().__init__()
         self.patch_size = tuple(patch_size)
-        self.norm_final = nn.LayerNorm(hidden_size, eps=eps, elementwise_affine=elementwise_affine)
+        self.norm_final = LayerNorm(hidden_size, eps=eps, elementwise_affine=elementwise_affine)
         self.linear = nn.Linear(hidden_size, math.prod(self.patch_size) * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(time_embed_dim, 2 * hidden_size))
 
@@ -407,7 +411,7 @@ class FinalLayerMixin(BaseMixin):
             logits = logits[:, layout.text_length :]
         shift, scale = self.modulation(ctx.emb).unsqueeze(1).chunk(2, dim=-1)  # b 1 d
         spans = (Span(0, logits.shape[1], 0),) if sequence is None else layout.sample_spans(sequence)
-        tokens = self.linear(modulate_spans(self.norm_final(logits), shift, scale, spans))  # b thw copq
+        tokens = self.linear(norm_and_modulate(self.norm_final, logits, shift, scale, spans))  # b thw copq
         if sequence is None:
             return self.unpatchify(tokens, layout.grids[0])
         tokens = sequence.gather(tokens)

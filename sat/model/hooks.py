@@ -140,6 +140,10 @@ class _OldImpl:
     def __init__(self, link: "Link", ctx: Context, spec: HookSpec) -> None:
         self.link, self.ctx, self.spec = link, ctx, spec
 
+    def declares(self, name: str) -> bool:
+        """Whether what this calls asks for a context value of that name: a wrap may then leave it part of its work."""
+        return isinstance(self.link, _Method) and name in self.link.names
+
     def __call__(self, *tensors: Any, **values: Any) -> Any:
         named = [values.pop(name, None) for name in self.spec.tensors[len(tensors) :]]
         values.pop("old_impl", None)

@@ -1,11 +1,13 @@
 """Adam with an exponential moving average of the weights, under SAT's name."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sat.ops.kernels import triton_kernels
 
 
 class FusedEmaAdam(torch.optim.Optimizer):
@@ -59,28 +61,35 @@ class FusedEmaAdam(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:
         """Update parameters that have all had `step` updates, this one included."""
-        states = [self.state[parameter] for parameter in parameters]
-        gradients: Any = [parameter.grad for parameter in parameters]
-        first = [state["exp_avg"] for state in states]
-        second = [state["exp_avg_sq"] for state in states]
-        shadows = [state["shadow"] for state in states]
+        numbers = self._numbers_of(group, step)
+        plain: list[Sequence[Tensor]] = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            tensors: Any = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["shadow"])
+            kernels = triton_kernels(*tensors)
+            if kernels is None or parameter.dtype != torch.float32 or not all(t.is_contiguous() for t in tensors):
+                plain.append(tensors)
+            else:
+                kernels.adam_ema(tensors, *numbers)
+        if plain:
+            _update_plainly(plain, numbers)
+
+    def _numbers_of(self, group: dict[str, Any], step: int) -> "_Numbers":
         beta1, beta2 = group["betas"]
         lr, decay = group["lr"], group["weight_decay"]
-
-        if decay and not self.adam_w_mode:
-            gradients = torch._foreach_add(gradients, parameters, alpha=decay)
-        torch._foreach_lerp_(first, gradients, 1.0 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=1.0 - beta2)
         correction1 = 1.0 - beta1**step if self.bias_correction else 1.0
         correction2 = 1.0 - beta2**step if self.bias_correction else 1.0
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, correction2**0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        if decay and self.adam_w_mode:
-            torch._foreach_mul_(parameters, 1.0 - lr * decay)
-        torch._foreach_addcdiv_(parameters, first, denominator, value=-lr / correction1)
-        torch._foreach_lerp_(shadows, parameters, 1.0 - self.ema_decay_at(step))
+        return _Numbers(
+            rest1=1.0 - beta1,
+            beta2=beta2,
+            rest2=1.0 - beta2,
+            kept=1.0 - lr * decay if self.adam_w_mode else 1.0,
+            coupled_decay=0.0 if self.adam_w_mode else decay,
+            step_size=lr / correction1,
+            root_correction=correction2**0.5,
+            eps=group["eps"],
+            ema_rest=1.0 - self.ema_decay_at(step),
+        )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -90,3 +99,40 @@ class FusedEmaAdam(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["shadow"] = parameter.detach().clone()
         return state
+
+
+class _Numbers(NamedTuple):
+    """What one update multiplies and adds, in the order in which the kernel takes it."""
+
+    rest1: float
+    """1 - beta1"""
+    beta2: float
+    rest2: float
+    """1 - beta2"""
+    kept: float
+    """What AdamW multiplies the parameter by."""
+    coupled_decay: float
+    """What Adam adds to the gradient for each parameter."""
+    step_size: float
+    root_correction: float
+    """What the root of the second moment is divided by."""
+    eps: float
+    ema_rest: float
+    """How far the shadow moves towards the parameter."""
+
+
+def _update_plainly(tensors: Sequence[Sequence[Tensor]], numbers: _Numbers) -> None:
+    """One update in place. tensors: of each parameter itself, gradient, exp_avg, exp_avg_sq, shadow."""
+    parameters, gradients, first, second, shadows = (list(own) for own in zip(*tensors))
+    if numbers.coupled_decay:
+        gradients = list(torch._foreach_add(gradients, parameters, alpha=numbers.coupled_decay))
+    torch._foreach_lerp_(first, gradients, numbers.rest1)
+    torch._foreach_mul_(second, numbers.beta2)
+    torch._foreach_addcmul_(second, gradients, gradients, value=numbers.rest2)
+    denominator = torch._foreach_sqrt(second)
+    torch._foreach_div_(denominator, numbers.root_correction)
+    torch._foreach_add_(denominator, numbers.eps)
+    if numbers.kept != 1.0:
+        torch._foreach_mul_(parameters, numbers.kept)
+    torch._foreach_addcdiv_(parameters, first, denominator, value=-numbers.step_size)
+    torch._foreach_lerp_(shadows, parameters, numbers.ema_rest)

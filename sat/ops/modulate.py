@@ -3,6 +3,7 @@
 Letters: b batch, s tokens, d hidden size, r rows of a table of shifts, scales or gates. A `Span` says which tokens take
 which row; spans lie side by side. Each operation is one pass over the tokens forward and one backward, and keeps only
 what it was given. `TokenRows` says the same in tensors, for graphs that a compiler fuses: one graph serves all mixes.
+On GPUs the passes are Triton's kernels (`triton_kernels.py`).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from sat.mpu.context import numbers_on
+from sat.ops.kernels import is_autocast, triton_kernels
+
+_LEAST_PIECE = 2**15  # numbers; on a CPU below this, one call of the norm for each piece costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -98,20 +102,70 @@ class _ModulateSpans(torch.autograd.Function):
         return grad_hidden, grad_shift, grad_scale, None
 
 
+class _NormSpans(torch.autograd.Function):
+    """norm(hidden) · gain + offset. gain and offset have the gradients of a norm's own weight and bias, so that one
+    backward pass of the norm over a span gives all three."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, gain: Tensor, offset: Tensor, spans: Spans, eps: float, is_rms: bool) -> Tensor:
+        ctx.kernels, ctx.spans, ctx.is_rms = triton_kernels(hidden, gain, offset), spans, is_rms
+        if ctx.kernels is not None:
+            output, mean, rstd = ctx.kernels.norm_forward(hidden, gain, offset, spans, eps, is_rms)
+        else:
+            output, mean, rstd = torch.native_layer_norm(hidden, hidden.shape[-1:], None, None, eps)
+            for span in spans:
+                own = output[:, span.start : span.stop]
+                torch.addcmul(span.of(offset), own, span.of(gain), out=own)
+        ctx.save_for_backward(hidden, mean, rstd, gain)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.kernels is not None:
+            grads = ctx.kernels.norm_backward(grad, *ctx.saved_tensors, ctx.spans, ctx.is_rms)
+        else:
+            grads = _layer_norm_backward(ctx.spans, grad, *ctx.saved_tensors)
+        return *grads, None, None, None
+
+
+def _layer_norm_backward(
+    spans: Spans, grad: Tensor, hidden: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, gain and offset, by torch's own backward pass of LayerNorm over each sample's spans."""
+    grad_hidden, grad_gain, grad_offset = torch.empty_like(hidden), torch.zeros_like(gain), torch.zeros_like(gain)
+    for span in spans:
+        tokens = slice(span.start, span.stop)
+        rows = span.of(gain).expand(len(hidden), 1, -1).squeeze(1)
+        pieces = zip(*(tensor[:, tokens] for tensor in (grad, hidden, mean, rstd)), rows)
+        results = [
+            torch.ops.aten.native_layer_norm_backward(g, h, h.shape[-1:], m, r, row, row, [True, True, True])
+            for g, h, m, r, row in pieces
+        ]
+        of_hidden, of_gain, of_offset = (list(own) for own in zip(*results))
+        torch.stack(of_hidden, out=grad_hidden[:, tokens])
+        span.add_to(grad_gain, torch.stack(of_gain))
+        span.add_to(grad_offset, torch.stack(of_offset))
+    return grad_hidden, grad_gain, grad_offset
+
+
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, branch: Tensor, gate: Tensor, spans: Spans) -> Tensor:
+        ctx.kernels, ctx.spans = triton_kernels(hidden, branch, gate), spans
+        ctx.save_for_backward(branch, gate)
+        if ctx.kernels is not None:
+            return ctx.kernels.gate_forward(hidden, branch, gate, spans)
         output = torch.empty_like(hidden)
         for span in spans:
             tokens = slice(span.start, span.stop)
             torch.addcmul(hidden[:, tokens], span.of(gate), branch[:, tokens], out=output[:, tokens])
-        ctx.save_for_backward(branch, gate)
-        ctx.spans = spans
         return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         branch, gate = ctx.saved_tensors
+        if ctx.kernels is not None:
+            return grad, *ctx.kernels.gate_backward(grad, branch, gate, ctx.spans), None
         grad_branch, grad_gate = torch.empty_like(branch), torch.zeros_like(gate)
         for span in ctx.spans:
             tokens = slice(span.start, span.stop)
@@ -119,6 +173,35 @@ class _GatedResidual(torch.autograd.Function):
             torch.mul(own, span.of(gate), out=grad_branch[:, tokens])
             span.add_to(grad_gate, (own * branch[:, tokens]).sum(1))
         return grad, grad_branch, grad_gate, None
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What follows a norm: · (1 + scale) + shift, each span with its rows. shift and scale (b r d)."""
+
+    shift: Tensor
+    scale: Tensor
+    spans: Spans
+
+
+def fuses_norm(hidden: Tensor, modulation: Modulation, is_rms: bool) -> bool:
+    """Whether `norm_spans` takes this work; elsewhere the norm and `modulate_spans` one after the other are quicker."""
+    if triton_kernels(hidden, modulation.scale) is not None:
+        return True
+    num_pieces = len(hidden) * len(modulation.spans)
+    return not is_rms and not is_autocast(hidden.device) and hidden.numel() >= _LEAST_PIECE * num_pieces
+
+
+def norm_spans(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, modulation: Modulation, is_rms: bool = False
+) -> Tensor:
+    """LayerNorm or RMSNorm of hidden (b s d), weight and bias (d) or none, and the modulation, in one pass."""
+    gain, offset = 1.0 + modulation.scale, modulation.shift
+    if bias is not None:
+        offset = torch.addcmul(offset, gain, bias)
+    if weight is not None:
+        gain = gain * weight
+    return _NormSpans.apply(hidden, gain, offset, modulation.spans, eps, is_rms)
 
 
 def modulate_spans(hidden: Tensor, shift: Tensor, scale: Tensor, spans: Spans | TokenRows) -> Tensor:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.errors import ConfigError
+from sat.ops.kernels import triton_kernels
 
 
 def rotary_frequencies(size: int, base: float = 10000.0, device: torch.device | str | None = None) -> Tensor:
@@ -65,11 +67,68 @@ def stretched_coordinates(size: Sequence[int], trained: Sequence[int]) -> tuple[
     return ends[0], ends[1]
 
 
+class _Turn(torch.autograd.Function):
+    """The turn as a product of complex numbers: one pass, and nothing kept but the tables."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _times_angles(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _times_angles(grad, cos, -sin), None, None
+
+
+def _times_angles(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos[..., ::2], sin[..., ::2])).flatten(-2)
+
+
+class _NormAndTurn(torch.autograd.Function):
+    """Triton's pass over heads (b k s e). eps None: no norm; cos None: no turn."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        heads: Tensor,
+        eps: float | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+    ) -> Tensor:
+        ctx.kernels, ctx.eps = triton_kernels(heads), eps
+        ctx.save_for_backward(heads if eps is not None else None, weight, cos, sin)
+        return ctx.kernels.heads_forward(heads, eps, weight, bias, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, weight, cos, sin = ctx.saved_tensors
+        of_heads, of_weight, of_bias = ctx.kernels.heads_backward(grad, heads, ctx.eps, weight, cos, sin)
+        return of_heads, None, of_weight, of_bias, None, None
+
+
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (2k, 2k+1) of x (... s e) by the angles whose cos and sin (s e) are given."""
+    """Turn channel pairs (2k, 2k+1) of x (... s e) by the angles whose cos and sin (s e) are given, each twice."""
+    if x.dim() == 4 and triton_kernels(x, cos, sin) is not None:
+        return _NormAndTurn.apply(x, None, None, None, cos, sin)
+    if x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        return _Turn.apply(x, cos, sin)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
     return x * cos + turned * sin
+
+
+def norm_and_turn(norm: nn.LayerNorm, heads: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """LayerNorm over each head's channels with the norm's weights, then `rotate_interleaved`: heads (b k s e)."""
+    weights, tables = (norm.weight, norm.bias), rope or (None, None)
+    given = [tensor for tensor in (heads, *weights, *tables) if tensor is not None]
+    if triton_kernels(*given) is not None:
+        return _NormAndTurn.apply(heads, norm.eps, *weights, *tables)
+    normed = F.layer_norm(heads, norm.normalized_shape, *weights, norm.eps)
+    return normed if rope is None else rotate_interleaved(normed, *rope)
 
 
 def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

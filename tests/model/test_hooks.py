@@ -282,3 +282,27 @@ def test_hooks_are_called_by_name_as_in_sat() -> None:
     assert "mlp_forward" not in model.hooks
     with pytest.raises(KeyError):
         model.hooks["mlp_forward"]
+
+
+def test_a_wrap_can_ask_what_the_next_in_the_chain_declares() -> None:
+    asked: list[bool] = []
+
+    class Inner(BaseMixin):
+        def mlp_forward(self, hidden_states: Any, *, strength: float = 0.0) -> Any:
+            return hidden_states
+
+    class TakesAll(BaseMixin):
+        @non_conflict
+        def mlp_forward(self, hidden_states: Any, *, old_impl: Any, **values: Any) -> Any:
+            asked.append(old_impl.declares("strength"))
+            return old_impl(hidden_states)
+
+    class Outer(TakesAll):
+        pass
+
+    model = make_model()
+    model.add_mixin("inner", Inner())
+    model.add_mixin("middle", TakesAll())
+    model.add_mixin("outer", Outer())
+    model(*make_inputs())
+    assert asked == [False, True] * 2  # **values is not a declaration
