@@ -312,13 +312,15 @@ class VideoDiffusionEngine(nn.Module):
     def _encode(self, batch: Mapping[str, Any], seed: int, stream: str, counters: Sequence[int]) -> Tensor:
         """Scaled latents (b t c h w) of clips of one size."""
         if "latents" in batch:
-            return batch["latents"].to(self.device, torch.float32) * self.scale_factor
+            return batch["latents"].to(self.device, torch.float32, non_blocking=True) * self.scale_factor
         if "moments" in batch:
             t, c2, h, w = batch["moments"].shape[1:]
             noise = sample_normal(seed, f"{stream}posterior", counters, (t, c2 // 2, h, w))
-            posterior = DiagonalGaussian(batch["moments"].to(self.device), deterministic=not self.samples_posterior)
+            posterior = DiagonalGaussian(
+                batch["moments"].to(self.device, non_blocking=True), deterministic=not self.samples_posterior
+            )
             return posterior.sample(noise).float() * self.scale_factor
-        pixels = batch["pixels"].to(self.device)
+        pixels = batch["pixels"].to(self.device, non_blocking=True)
         if self.latent_input and pixels.shape[1] > 1:
             if pixels.shape[2] == 3 != self.network.out_channels:
                 raise ConfigError(
