@@ -6,6 +6,7 @@ Letters: b batch, t c h w latent frames, channels, rows, columns; n text tokens,
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sat.cogvideox.padding import drop_front, num_padding, pad_front
 from sat.cogvideox.presets import SPACE_FACTOR
+from sat.cogvideox.reuse import LayerReuse
 from sat.conditioning.image import ImageConditioner, ImageScaling, released_image_scaling
 from sat.conditioning.size import sizes_of
 from sat.config import ConfigNode, instantiate_from_config
@@ -123,6 +125,7 @@ class VideoDiffusionEngine(nn.Module):
         self.denoiser = denoiser
         self.loss_fn = loss_fn
         self.sampler = sampler
+        self.reuse: LayerReuse | None = None
         self.scale_factor = scale_factor
         self.latent_input = latent_input
         self.not_trainable_prefixes = tuple(not_trainable_prefixes)
@@ -309,13 +312,15 @@ class VideoDiffusionEngine(nn.Module):
     def _encode(self, batch: Mapping[str, Any], seed: int, stream: str, counters: Sequence[int]) -> Tensor:
         """Scaled latents (b t c h w) of clips of one size."""
         if "latents" in batch:
-            return batch["latents"].to(self.device, torch.float32) * self.scale_factor
+            return batch["latents"].to(self.device, torch.float32, non_blocking=True) * self.scale_factor
         if "moments" in batch:
             t, c2, h, w = batch["moments"].shape[1:]
             noise = sample_normal(seed, f"{stream}posterior", counters, (t, c2 // 2, h, w))
-            posterior = DiagonalGaussian(batch["moments"].to(self.device), deterministic=not self.samples_posterior)
+            posterior = DiagonalGaussian(
+                batch["moments"].to(self.device, non_blocking=True), deterministic=not self.samples_posterior
+            )
             return posterior.sample(noise).float() * self.scale_factor
-        pixels = batch["pixels"].to(self.device)
+        pixels = batch["pixels"].to(self.device, non_blocking=True)
         if self.latent_input and pixels.shape[1] > 1:
             if pixels.shape[2] == 3 != self.network.out_channels:
                 raise ConfigError(
@@ -393,12 +398,23 @@ class VideoDiffusionEngine(nn.Module):
         more: dict[str, Any] = self._constant_inputs()
         if lora_scale is not None:
             more["lora_scale"] = lora_scale
-        runs = self._sampler().run(self.denoise, latents, cond, uncond, noise, prefix, split, **more)
+        denoise = self.denoise if self.reuse is None else partial(self.denoiser, self.reuse.begin())
+        runs = self._sampler().run(denoise, latents, cond, uncond, noise, prefix, split, **more)
         for step, _, after in runs:
             latents = after
             if on_step is not None:
                 on_step(step)
         return drop_front(latents, latent_shape[0])
+
+    def reuse_layers(self, threshold: float) -> LayerReuse:
+        """From now on, `sample` reuses layers' work between steps; see `LayerReuse`, which is returned."""
+        if getattr(self._sampler().guider, "two_passes", False):
+            raise ConfigError(
+                "layers' work is reused for both halves of guidance at once, and the guider has two_passes; set "
+                "model.sampler_config.params.guider_config.params.two_passes=false, or leave args.reuse_threshold out"
+            )
+        self.reuse = LayerReuse(self.model, self.network, threshold)
+        return self.reuse
 
     def _conditions(self, prompts: Sequence[str], latents: Tensor, images: Tensor | None) -> dict[str, Tensor]:
         """What clips of the size of latents (b t c h w) are conditioned on: prompts and images, one for each."""

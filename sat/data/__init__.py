@@ -9,7 +9,7 @@
 - quarantine: clips that cannot be used are replaced, counted, reported
 - sampler: which sample comes when, a function of the seed and the step alone
 - packing: which clips share a row
-- loader: samples -> batches, in worker processes
+- loader, handover: samples -> batches, in worker processes, and the memory in which they come over
 - content, cache: what encoders made of clips and captions, kept by the hash of what it was made of
 - synthetic: latents drawn from the sample number, no file needed
 """

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from sat.data import handover
 from sat.data.quarantine import BadClip
 
 SIDE_MULTIPLE = 16
@@ -119,7 +120,7 @@ def frames_to_pixels(frames: np.ndarray, size: tuple[int, int], num_frames: int)
     if covering != frames.shape[1:3]:
         pixels = F.interpolate(pixels, covering, mode="bicubic", antialias=True, align_corners=False)
     pixels = pixels[:, :, top : top + height, left : left + width]
-    result = torch.empty(num_frames, 3, height, width)
+    result = handover.empty((num_frames, 3, height, width))
     result[: len(pixels)].copy_(pixels).sub_(127.5).div_(127.5)  # one buffer: a clip of 49x480x720 is 200 MB
     result[len(pixels) :] = result[len(pixels) - 1]
     return result

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sat.cogvideox.presets import TIME_FACTOR
 from sat.conditioning.size import SIZE_KEYS
+from sat.data import handover
 from sat.data.quarantine import ReplacingDataset
 from sat.errors import DataError, SatError
 
@@ -99,9 +100,11 @@ def collate(samples: Sequence[Mapping[str, Any]], packed: bool = False) -> dict[
         )
     tensors = [name for name in (video, "image") if name in samples[0]]
     return {
-        **{name: own if packed else torch.stack(own) for name in tensors if (own := [one[name] for one in samples])},
+        **{name: own if packed else handover.stack(own) for name in tensors if (own := [one[name] for one in samples])},
         **(
-            {"text_states": torch.stack([one["text_states"] for one in samples])} if "text_states" in samples[0] else {}
+            {"text_states": handover.stack([one["text_states"] for one in samples])}
+            if "text_states" in samples[0]
+            else {}
         ),
         "counters": torch.tensor([sample["counter"] for sample in samples], dtype=torch.int64),
         "fps": torch.tensor([sample["fps"] for sample in samples], dtype=torch.float32),

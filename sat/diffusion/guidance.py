@@ -18,6 +18,11 @@ def combine(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
+def is_unguided(scale: float) -> bool:
+    """Whether a scale is 1 in float32, in which estimates are combined: dynamic guidance creeps away from 1."""
+    return abs(scale - 1.0) <= 2.0**-24
+
+
 def split_conditions(
     cond: Mapping[str, Tensor], uncond: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sat.diffusion.guidance import DynamicCFG, VanillaCFG, combine, double_batch, split_conditions
+from sat.diffusion.guidance import DynamicCFG, VanillaCFG, combine, double_batch, is_unguided, split_conditions
 from sat.diffusion.scaling import add_noise
 from sat.diffusion.schedules import ZeroSNRDDPMDiscretization
 from sat.errors import ConfigError
@@ -253,7 +253,7 @@ def guided(
     split: GuidanceSplit | None = None,
     **more: Any,
 ) -> Tensor:
-    """The guided estimate of the clean latents, float32."""
+    """The guided estimate of the clean latents, float32. One call with the prompt alone where the scale is 1."""
 
     def call(noisy: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         levels, timesteps = (
@@ -261,7 +261,7 @@ def guided(
         )
         return denoise(noisy, levels, timesteps, condition, **more).float()
 
-    if uncond is None or scale == 1.0:
+    if uncond is None or is_unguided(scale):
         return call(latents, cond)
     if split is not None:
         own = split_conditions(cond, uncond)[split.is_conditional]

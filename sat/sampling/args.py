@@ -1,5 +1,6 @@
 """The `args:` section of sampling as typed values, and what follows from it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -47,6 +48,9 @@ class SampleArgs(ComputeArgs):
     only_save_latents: bool = False
     guidance_parallel: bool = False
     """Compute the halves of guidance on two ranks, side by side."""
+    reuse_threshold: float | None = None
+    """Reuse the layers' work of an earlier step where the first layer changed less than this, relative. The log says at
+    the end what that saved and how wrong it was. None: every step is computed whole."""
     lora: list[str] | None = None
     """Adapters to put on the model: files, or runs and iterations that trained them."""
     lora_scale: list[float] | None = None
@@ -62,6 +66,10 @@ class SampleArgs(ComputeArgs):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"args.{name} is {value}; give 1 or more")
+        if self.reuse_threshold is not None and not 0.0 <= self.reuse_threshold < math.inf:
+            raise ConfigError(
+                f"args.reuse_threshold is {self.reuse_threshold:g}; give 0 (nothing is reused) or more, such as 0.1"
+            )
         if self.sampling_image_size is not None and len(self.sampling_image_size) != 2:
             raise ConfigError(f"args.sampling_image_size is {self.sampling_image_size}; give [height, width]")
         if self.num_frames is not None and self.sampling_num_frames is not None:

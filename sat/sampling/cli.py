@@ -23,6 +23,7 @@ examples:
   python sample_video.py --load runs/demo-11-24-10-00 --prompt "a red square moving right"
   python sample_video.py --base configs/inference.yaml args.load=CogVideoX-5B/transformer      released weights
   python sample_video.py --load CogVideoX-5B/transformer --lora runs/lora-11-24-10-00 --prompt "..."      adapters
+  python sample_video.py --load ... --prompt "..." args.reuse_threshold=0.1      faster; the log says what it changed
   torchrun --nproc_per_node 8 sample_video.py --base ... args.input_file=prompts.txt      prompts are shared out
 """
 

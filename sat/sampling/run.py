@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sat.cogvideox.engine import TrainedParts, VideoDiffusionEngine, build_engine
 from sat.cogvideox.output import file_stem, help_decode, write_latents, write_sample
 from sat.cogvideox.presets import VideoSizes, describe_weights, video_sizes
+from sat.conditioning.text import GeneralConditioner
 from sat.config import ConfigNode
 from sat.data.frames import size_of_short_side
 from sat.diffusion.samplers import Step
@@ -76,6 +77,8 @@ def sample_joined(config: ConfigNode, seed: int, prompts: Sequence[str] | None =
         else:
             written = run.sample_all(found, args.batch_size)
     dist.barrier()
+    if run.engine.reuse is not None:
+        log.info("%s", run.engine.reuse.report())
     count, seconds = len(written if found is None else found), time.perf_counter() - started
     log.info("%d %s in %s, %.1f s in all", count, "video" if count == 1 else "videos", run.output_dir, seconds)
     return written
@@ -116,6 +119,8 @@ class SamplingRun:
         check_model(config, self.checkpoint, may_miss)
         needs_vae = takes_image(config, self.args) or not self.args.only_save_latents
         engine = build_engine(section if needs_vae else _without(section, "first_stage_config"))
+        if self.args.reuse_threshold is not None:
+            engine.reuse_layers(self.args.reuse_threshold)
         parts = TrainedParts(engine)
         own = [parts.own_weights(part) for part in load_parts(self.checkpoint)]
         missing = fit_weights(parts, own, str(self.checkpoint.path), describe_weights, may_miss, self.parallel)
@@ -132,6 +137,8 @@ class SamplingRun:
         engine.model.to(PRECISIONS[self.precision])
         if engine.first_stage_model is not None and self.launch.device.type == "cuda":
             engine.first_stage_model.to(PRECISIONS[self.precision])
+        if isinstance(engine.conditioner, GeneralConditioner):
+            engine.conditioner.remember_prompts()
         return engine.to(self.launch.device).eval()
 
     def _latent_shape(self, sizes: VideoSizes) -> tuple[int, int, int, int]:
@@ -234,6 +241,7 @@ class SamplingRun:
             "scale_factor": str(self.engine.scale_factor),
             **({"initial noise": self.args.initial_noise} if self.args.initial_noise else {}),
             **({"prefix": self.args.prefix} if self.args.prefix else {}),
+            **({"reuse threshold": f"{self.args.reuse_threshold:g}"} if self.args.reuse_threshold else {}),
             **({"image": str(prompt.image)} if prompt.image else {}),
             **{f"lora {lora.source}": f"scale {scale:g}" for lora, scale in zip(self.loras, scales)},
         }

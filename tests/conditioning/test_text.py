@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from sat.conditioning.text import MAX_CUTS_REPORTED, ByteEmbedder, FrozenT5Embedder, GeneralConditioner
+from sat.conditioning.text import (
+    MAX_CUTS_REPORTED,
+    ByteEmbedder,
+    FrozenT5Embedder,
+    GeneralConditioner,
+    RememberingTextEncoder,
+)
 from sat.config import load_yaml
 from sat.errors import CheckpointError, ConfigError
 from tests.conditioning.conftest import CAPTIONS
@@ -250,6 +256,39 @@ def test_rates_from_never_to_always(rate: float, expected: int) -> None:
     conditioner = GeneralConditioner([byte_entry(ucg_rate=rate)])
     states = conditioner(["a", "b"], torch.tensor([0.0, 0.999]))["crossattn"]
     assert int((states == 0).flatten(1).all(dim=1).sum()) == expected
+
+
+class CountedEmbedder(ByteEmbedder):
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(8, LENGTH)
+        self.asked: list[list[str]] = []
+
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        self.asked.append(list(prompts))
+        return super().forward(prompts)
+
+
+def test_each_prompt_is_encoded_once_and_the_last_ones_are_kept() -> None:
+    encoder = CountedEmbedder()
+    remembering = RememberingTextEncoder(encoder, num_kept=2)
+    for prompts in (["a", "b", "a"], ["b"], ["", "b"], ["a"]):
+        assert torch.equal(remembering(prompts), ByteEmbedder(8, LENGTH)(prompts))
+    assert encoder.asked == [["a", "b"], [""], ["a"]]  # "b" was used after "a", so "" pushed "a" out
+
+
+def test_guidance_remembers_the_empty_prompt() -> None:
+    conditioner = GeneralConditioner([byte_entry()], unconditional="empty_prompt")
+    encoder = CountedEmbedder()
+    conditioner.embedders[0] = encoder
+    expected = conditioner.unconditional_like(conditioner(["a"]))["crossattn"]
+    encoder.asked.clear()
+    conditioner.remember_prompts()
+    for _ in range(2):
+        assert torch.equal(conditioner.unconditional_like(conditioner(["a"]))["crossattn"], expected)
+    assert encoder.asked == [["a"], [""]]
+    assert (conditioner.width, conditioner.text_length) == (8, LENGTH)
 
 
 def test_several_encoders_stand_side_by_side() -> None:

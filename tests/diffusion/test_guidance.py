@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sat.diffusion.guidance import DynamicCFG, IdentityGuider, VanillaCFG, combine, double_batch
+from sat.diffusion.guidance import DynamicCFG, IdentityGuider, VanillaCFG, combine, double_batch, is_unguided
 from sat.errors import ConfigError
 
 
@@ -14,6 +14,13 @@ def test_a_scale_of_one_is_the_conditional_estimate_and_zero_the_other() -> None
     assert torch.equal(combine(unconditional, conditional, 1.0), conditional)
     assert torch.equal(combine(unconditional, conditional, 0.0), unconditional)
     assert torch.equal(combine(unconditional, conditional, 6.0), torch.tensor([13.0, 20.0]))
+
+
+def test_a_scale_that_float32_takes_for_one_guides_nothing() -> None:
+    assert is_unguided(1.0) and is_unguided(1.0 + 5e-8) and not is_unguided(1.0 + 7e-8) and not is_unguided(0.0)
+    assert torch.tensor(1.0 + 5e-8, dtype=torch.float32) == 1.0 != torch.tensor(1.0 + 7e-8, dtype=torch.float32)
+    dynamic = DynamicCFG(scale=6, exp=5, num_steps=50, schedule="step_index")
+    assert [step for step in range(50) if is_unguided(dynamic.scale_at(step, 0))] == list(range(8))
 
 
 def test_the_unconditional_half_comes_first() -> None:

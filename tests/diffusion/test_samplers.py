@@ -290,6 +290,21 @@ def test_a_guidance_batch_equals_two_passes(sampler_class: Any) -> None:
 
 
 @pytest.mark.parametrize("sampler_class", SAMPLERS)
+def test_dynamic_guidance_takes_half_the_batch_at_the_steps_where_it_is_one(sampler_class: Any) -> None:
+    cond, uncond = conditions()
+    networks, results = [TextNetwork(), TextNetwork()], []
+    guider = DynamicCFG(6.0, 5, 50, schedule="step_index")
+    for network_, unguided in zip(networks, (lambda scale: abs(scale - 1.0) <= 2.0**-24, lambda scale: False)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sat.diffusion.samplers.is_unguided", unguided)
+            sampler = sampler_class(50, ZeroSNRDDPMDiscretization(), guider)
+            results.append(sampler(network_, start(), cond, uncond, seeded_noise()))
+    assert networks[0].batches == [2] * 8 + [4] * 42
+    assert networks[1].batches == [4] * 50
+    torch.testing.assert_close(results[0], results[1], rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler_class", SAMPLERS)
 def test_a_scale_of_one_samples_the_condition_alone(sampler_class: Any) -> None:
     cond, uncond = conditions()
     results, networks = [], [TextNetwork(), TextNetwork()]

@@ -101,6 +101,8 @@ def test_the_warning_says_both_sizes() -> None:
         (["args.latent_channels=4"], "latent_channels is 4, the network's out_channels is 16; leave"),
         (["args.sampling_num_frames=0"], "args.sampling_num_frames is 0; give 1 or more"),
         (["args.batch_size=0"], "args.batch_size is 0; give 1 or more"),
+        (["args.reuse_threshold=-1"], r"args.reuse_threshold is -1; give 0 \(nothing is reused\) or more, such as 0.1"),
+        (["args.reuse_threshold=.inf"], "args.reuse_threshold is inf; give 0"),
         (
             ["model.network_config.params.patch_size=[2, 2, 2]", "args.sampling_num_frames=13"],
             "13 latent frames are not a multiple of the 2 frames of a patch; set args.sampling_num_frames to 14, or "

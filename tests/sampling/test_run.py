@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sat.cogvideox.engine import build_engine
 from sat.cogvideox.output import to_frames
+from sat.conditioning.text import FrozenT5Embedder
 from sat.config import load_config
 from sat.data.video import probe, read_metadata, write_mp4
 from sat.errors import CheckpointError, ConfigError, SamplingError
@@ -71,6 +72,46 @@ def test_prompts_differ_by_text_and_by_number(trained: Trained, reference: list[
     assert (twice[1] - twice[0]).abs().max() > 0.1
     assert (twice[1] - reference[1]).abs().max() > 1e-4  # the same noise, another text
     assert (twice[1] - reference[1]).abs().max() < (twice[1] - twice[0]).abs().max()
+
+
+# --- less work -------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_encoded_once_in_a_run(
+    trained: Trained, reference: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    forward = FrozenT5Embedder.forward
+
+    def watched(self: FrozenT5Embedder, prompts: list[str]) -> torch.Tensor:
+        asked.append(list(prompts))
+        return forward(self, prompts)
+
+    monkeypatch.setattr(FrozenT5Embedder, "forward", watched)
+    words = ("model.conditioner_config.params.unconditional=empty_prompt",)
+    sample_latents(trained, tmp_path, *words, prompts=[CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]])
+    assert asked == [[CAPTIONS[0]], [""], [CAPTIONS[1]]]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e9])
+def test_reuse_says_what_it_did_and_leaves_its_mark(
+    trained: Trained,
+    reference: list[torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    threshold: float,
+) -> None:
+    words = (f"args.output_dir={tmp_path}", "args.only_save_latents=true", f"args.reuse_threshold={threshold}")
+    (path,) = sample(trained.config(*words), SEED, CAPTIONS[:1])
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "reuse at threshold" in line)
+    with safe_open(path, framework="pt") as reader:
+        assert reader.metadata().get("reuse threshold") == (f"{threshold:g}" if threshold else None)
+    if threshold:
+        assert "4 of 5 passes of the network reused layers, 4 of 10 layer passes (40%) were skipped" in line
+        assert "error of its output" in line and "over 2 of the reused passes" in line
+    else:
+        assert "0 of 5 passes" in line
+        assert torch.equal(latents_of(path), reference[0])
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
