@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sat.cogvideox import presets
 from sat.compat.diffusers_names import dit_from_diffusers, vae_to_diffusers
-from sat.config import ConfigNode, load_config
+from sat.conditioning.image import released_image_scaling
+from sat.config import ConfigNode, load_config, load_yaml
 from sat.convert import checking, descriptions, writing
 from sat.convert.adapters import (
     Adapters,
@@ -23,6 +24,7 @@ from sat.convert.adapters import (
 )
 from sat.convert.companions import check_companions, companion_text, companion_vae
 from sat.convert.models import (
+    LEFTOVERS,
     Transformer,
     find_section,
     read_adapters,
@@ -33,6 +35,8 @@ from sat.convert.models import (
 )
 from sat.convert.places import Place, Places, Weights, find_places, find_vae
 from sat.errors import CheckpointError, ConfigError
+from sat.training.preset import CONFIGS, MODEL_YAML
+from sat.weights.describe import listed
 from sat.weights.lora import LORA_FILE, LoraFile
 from sat.weights.survey import TEXT_ENCODER_FOLDER
 
@@ -258,10 +262,29 @@ def _write_sat(job: _Job) -> list[str]:
         writing.write_sat_text_encoder(*job.text, tree / TEXT_ENCODER_FOLDER, job.bar)
     kind = presets.transformer_kind({name: value.shape for name, value in job.transformer.state.items()})
     lines = job.lines(tree / "transformer", tree / "vae" / "3d-vae.pt")
-    if kind is None or not kind.has_released_size:
-        writing.write_model_yaml(job.transformer.section, job.request.target.absolute(), tree / "model.yaml")
-        lines.append(f"no released size: use --base {job.request.target / 'model.yaml'}")
-    return lines
+    return [*lines, *_describe_tree(job, kind), *_scaling_line(job.transformer.section)]
+
+
+def _describe_tree(job: _Job, kind: presets.TransformerKind | None) -> list[str]:
+    """Write the model section of a tree that no released YAML describes, which is a line for people."""
+    section, target = job.transformer.section, job.request.target
+    released, words = ConfigNode(), "no released size"
+    if kind is not None and kind.preset is not None and kind.has_released_size:
+        released = load_yaml(CONFIGS / kind.preset.config)
+        own = descriptions.differences(section, released["model"])
+        if not own:
+            return []
+        words = f"not as {kind.preset.config} in {listed(own)}"
+    writing.write_model_yaml(section, released, target.absolute(), job.staging / MODEL_YAML)
+    return [f"{words}: {target / MODEL_YAML} describes it; args.load of this folder finds that, or give it as --base"]
+
+
+def _scaling_line(section: Mapping[str, Any]) -> list[str]:
+    """A line where the latents of a condition image are not scaled as the released configuration says."""
+    own, usual = descriptions.image_scaling(section), released_image_scaling(descriptions.patch_of(section)[0])
+    if not descriptions.takes_image(section) or own == usual:
+        return []
+    return [f"the image's latents are scaled with image_scaling: {own}; the released configuration says {usual}"]
 
 
 def _write_diffusers(job: _Job) -> list[str]:
@@ -278,7 +301,8 @@ def _write_diffusers(job: _Job) -> list[str]:
     if descriptions.takes_image(section) and descriptions.image_scaling(section) == "none":
         lines.append(
             f"not the same in diffusers: it divides the image's latents by {descriptions.scale_factor(section):g}, as "
-            "with its released files of 1.5; this model's configuration leaves them as they are (image_scaling)"
+            "with its released files of 1.5; this model's configuration leaves them as they are (image_scaling: none, "
+            f"which {LEFTOVERS} keeps for the way back)"
         )
     if missing:
         lines.append(f"without {' and '.join(missing)}: pass them to from_pretrained, or convert again with them")
@@ -302,7 +326,7 @@ def _write_comfy(job: _Job) -> list[str]:
             "ComfyUI's own nodes give models of release 1.0 other positions than those they were trained with, as read "
             "in their code; --nodes wrapper writes for ComfyUI-CogVideoXWrapper (docs/conversion.md)"
         )
-    return job.lines(file, vae)
+    return [*job.lines(file, vae), *_scaling_line(job.transformer.section)]
 
 
 _WRITERS: Mapping[Layout, Callable[[_Job], list[str]]] = {

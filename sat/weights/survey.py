@@ -103,6 +103,8 @@ def _survey_tree(path: Path, found: Mapping[str, list[Path]]) -> Finding:
     if len(found["transformer"]) == 1:
         finding.what = f"{parts[0].what}, a released tree"
         finding.config, finding.preset = parts[0].config, parts[0].preset
+        if (path / "model.yaml").is_file():
+            finding.config = str(path / "model.yaml")
     return finding
 
 
