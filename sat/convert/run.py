@@ -13,7 +13,7 @@ from sat.cogvideox import presets
 from sat.compat.diffusers_names import dit_from_diffusers, vae_to_diffusers
 from sat.conditioning.image import released_image_scaling
 from sat.config import ConfigNode, load_config, load_yaml
-from sat.convert import checking, descriptions, writing
+from sat.convert import adapter_checking, checking, descriptions, writing
 from sat.convert.adapters import (
     Adapters,
     adapters_to_diffusers,
@@ -29,6 +29,7 @@ from sat.convert.models import (
     find_section,
     read_adapters,
     read_diffusers,
+    read_files,
     read_transformer,
     read_vae,
     sizes_of_vae,
@@ -98,7 +99,9 @@ def _convert_adapters_alone(request: Request, places: Places, staging: Path) -> 
     assert places.adapters is not None
     adapters = read_adapters(places.adapters, request.lora_alpha)
     if not request.merge:
-        return _write_adapters(request, adapters, places.adapters.header().metadata.get("base_model", ""), staging)
+        return _write_adapters(
+            request, adapters, places.adapters.header().metadata.get("base_model", ""), None, staging
+        )
     if request.merge_base is None:
         raise CheckpointError(
             f"{request.source} holds adapters without the model that they belong to; give it: --merge-lora BASE"
@@ -111,8 +114,10 @@ def _convert_adapters_alone(request: Request, places: Places, staging: Path) -> 
     return _write_model(request, base, replace(transformer, adapters=adapters), staging)
 
 
-def _write_adapters(request: Request, adapters: Adapters, base_model: str, staging: Path) -> list[str]:
-    """One file. base_model: what the adapters were trained on, in words, where that is known."""
+def _write_adapters(
+    request: Request, adapters: Adapters, base_model: str, base: Transformer | None, staging: Path
+) -> list[str]:
+    """One file. base_model: what the adapters were trained on, in words, where that is known; base: its weights."""
     if request.dtype is not None:
         dtype = DTYPES[request.dtype]
         adapters = {name: replace(one, down=one.down.to(dtype), up=one.up.to(dtype)) for name, one in adapters.items()}
@@ -128,15 +133,23 @@ def _write_adapters(request: Request, adapters: Adapters, base_model: str, stagi
         else:
             state = adapters_to_kohya(adapters, request.nodes == "core")
         writing.write_adapters(state, metadata, file)
-    back = find_places(file).adapters
-    assert back is not None
-    largest = largest_difference(adapters, read_adapters(back))
+    place = find_places(file).adapters
+    assert place is not None
+    back = read_adapters(place)
+    largest = largest_difference(adapters, back)
     ranks = sorted({adapter.rank for adapter in adapters.values()})
     scales = sorted({adapter.scale for adapter in adapters.values()})
     words = f"adapters on {len(adapters)} modules, rank {_numbers(ranks)}, scale alpha / rank = {_numbers(scales)}"
     if not largest <= checking.LIMIT:
         raise CheckpointError(f"the adapters that were written add something else, nothing was kept ({largest:.1e})")
-    return [words, f"checked: what they add on random input, read back, float32: largest difference {largest:.1e}"]
+    lines = [words, f"checked: what they add on random input, read back, float32: largest difference {largest:.1e}"]
+    if request.check == "none":
+        return [*lines, "not compared with diffusers' classes (--check none)"]
+    # The file on the side that it is for, its source on the other.
+    ours, others = (back, adapters) if request.to == "sat" else (adapters, back)
+    theirs = read_files(place) if request.to == "diffusers" else adapters_to_diffusers(others)[0]
+    found = adapter_checking.compare_adapters(ours, theirs, base, request.check)
+    return [*lines, f"checked: {_judged([found])[0]}" if isinstance(found, checking.Difference) else found]
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -197,7 +210,7 @@ def _convert_model(request: Request, places: Places, staging: Path) -> list[str]
     if transformer.adapters and not request.merge:
         log.info("these are adapters and the weights under them: writing the adapters (--merge-lora: the whole model)")
         shapes = {name: value.shape for name, value in transformer.state.items()}
-        return _write_adapters(request, transformer.adapters, presets.describe_weights(shapes), staging)
+        return _write_adapters(request, transformer.adapters, presets.describe_weights(shapes), transformer, staging)
     return _write_model(request, places, transformer, staging)
 
 
