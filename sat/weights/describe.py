@@ -42,6 +42,11 @@ OF_HIDDEN_SIZE = re.compile(
     r"query_key_value|attention\.dense|to_[qkv]\b|to_out[._]0|attn_out|blocks[._]\d+[._][qkv]\b"
 )
 """Modules whose inputs are as wide as the transformer."""
+NO_ALPHA = (
+    "it does not say its alpha, without which its strength is unknown and --lora refuses it; "
+    "tools/convert.py IT DST --to sat --lora-alpha X writes it in"
+)
+"""The one thing wrong with adapters that converting them mends."""
 DOWN = re.compile(r"\.matrix_A\.0$|[._]lora[_.](?:A|down)\.")
 """What stands behind a module's name in that of the matrix which reduces to the rank."""
 HALVES = ((".matrix_A.", ".matrix_B."), *zip(LORA_DOWN, LORA_UP))
@@ -237,10 +242,7 @@ def _describe_adapters(finding: Finding, family: str, header: Header) -> None:
     if missing:
         finding.problem = f"it lacks {listed(missing)}: an adapter has two matrices"
     elif family == presets.ADAPTERS and "alpha" not in header.metadata:
-        finding.problem = (
-            "it does not say its alpha, without which its strength is unknown and --lora refuses it; "
-            "tools/convert.py IT DST --to sat --lora-alpha X writes it in"
-        )
+        finding.problem = NO_ALPHA
 
 
 def _bases(shapes: presets.Shapes) -> list[presets.Preset]:
