@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,9 +23,23 @@ from sat.errors import SatError
 from sat.logs import setup_logging
 
 
+class Parser(argparse.ArgumentParser):
+    """Says which option has taken SRC or DST for its own, where one of them is missing."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        greedy = [option for option in ("--merge-lora", "--base") if option in self.words]
+        if greedy and "DST" in message:
+            message += f"; {greedy[0]} takes the words after it: put SRC and DST first"
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SRC", help="what to convert")
     parser.add_argument("target", type=Path, metavar="DST", help="where to; it must not be there yet")
     parser.add_argument("--to", choices=("sat", "diffusers", "comfy"), required=True, help="the layout to write")

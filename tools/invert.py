@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from safetensors.torch import save_file
 
 from sat.config import split_overrides
+from sat.diffusion.samplers import Step
 from sat.environment import prepare_environment
 from sat.errors import SatError
 from sat.logs import setup_logging
 from sat.mpu.launch import joined
+from sat.mpu.recorder import recorded
 from sat.sampling.args import sample_args
 from sat.sampling.cli import read_config
 from sat.sampling.inputs import NOISE_NAME, read_image, read_latents
@@ -31,6 +33,8 @@ from sat.sampling.run import SamplingRun
 
 log = logging.getLogger("sat.tools.invert")
 
+WAIT_MINUTES = 30.0
+"""How long a collective may take."""
 DDIM_WITHOUT_GUIDANCE = (
     "model.sampler_config.target=sgm.modules.diffusionmodules.sampling.VideoDDIMSampler",
     "model.sampler_config.params.guider_config={target: sgm.modules.diffusionmodules.guiders.IdentityGuider}",
@@ -47,8 +51,12 @@ def invert(run: SamplingRun, clip: Path, prompt: str, out: Path, num_iterations:
     images = None
     if engine.image_conditioner is not None:
         images = read_image(clip, (run.sizes.height, run.sizes.width)).unsqueeze(0)
-    noise = engine.invert(latents, [prompt], num_iterations, images=images)
-    again = engine.sample([prompt], [0], run.seed, run.latent_shape, initial_noise=noise[0], images=images)
+
+    def advance(step: Step) -> None:
+        run.recorder.step = step.index
+
+    noise = engine.invert(latents, [prompt], num_iterations, advance, images)
+    again = engine.sample([prompt], [0], run.seed, run.latent_shape, advance, noise[0], images=images)
     metadata = {"prompt": prompt, "clip": str(clip), "steps": str(engine.sampler.num_steps)}
     save_file({NOISE_NAME: noise[0].cpu().contiguous()}, out, metadata=metadata)
     return float((again - latents).square().mean().sqrt() / latents.std())
@@ -71,8 +79,8 @@ def main() -> None:
         base, overrides = split_overrides(options.base)
         overrides = [*overrides, *options.overrides, *DDIM_WITHOUT_GUIDANCE, f"args.output_dir={options.out.parent}"]
         config = read_config(base, options.load, overrides)
-        with joined() as launch:
-            run = SamplingRun(config, sample_args(config), seed=0, launch=launch)
+        with joined(WAIT_MINUTES) as launch, recorded(launch, WAIT_MINUTES) as recorder:
+            run = SamplingRun(config, sample_args(config), seed=0, recorder=recorder)
             error = invert(run, options.clip, options.prompt, options.out, options.iterations)
         log.info(
             "wrote %s; sampling from it ends %.1f %% of the latents' spread from the clip", options.out, 100 * error

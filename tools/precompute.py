@@ -30,6 +30,7 @@ from sat.environment import prepare_environment
 from sat.errors import ConfigError, DataError, SatError
 from sat.logs import setup_logging
 from sat.mpu.launch import Launch, joined
+from sat.mpu.recorder import recorded
 from sat.mpu.state import ParallelState, set_parallel_state
 from sat.training.args import train_args
 from sat.training.caches import Caches, check_cache
@@ -108,7 +109,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         config = load_run_config(base, [*overrides, *options.overrides])
         args = train_args(config)
-        with joined(args.timeout_minutes) as launch:
+        with joined(args.timeout_minutes) as launch, recorded(launch, args.timeout_minutes):
             # No transformer is built, so that only the sharing of clips is of the training run's layout.
             parallel = ParallelState.build(cp=args.context_parallel_size, device_type=launch.device.type)
             set_parallel_state(parallel)

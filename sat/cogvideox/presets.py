@@ -42,6 +42,8 @@ TABLE_REACH = 300
 """latent_height and latent_width in the released files of 1.5: how far their rotary tables reach."""
 LARGEST_CLIP = (768, 1360)
 """Rows and columns in pixels that those models were trained at."""
+SHORTEST_SHARE = 4
+"""Clips of a smaller share of the trained frames are warned of."""
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -227,16 +229,18 @@ def network_pixels(latent_height: int, latent_width: int) -> tuple[int, int]:
 
 
 def untrained_size(sizes: VideoSizes, trained: VideoSizes, any_aspect: bool) -> str | None:
-    """A warning where clips are longer, or of another size, than those that a model was trained on; None where not.
+    """A warning where clips are far from those that a model was trained on in length or size; None where not.
 
-    any_aspect: it was trained on clips of any aspect ratio of up to that area.
+    any_aspect: it was trained on clips of any aspect ratio, from a square of their short side to their area. A clip of
+    less than a quarter of the trained frames counts as far.
     """
+    area, whole = sizes.height * sizes.width, trained.height * trained.width
     same_size = (sizes.height, sizes.width) == (trained.height, trained.width)
-    area_fits = any_aspect and sizes.height * sizes.width <= trained.height * trained.width
-    if sizes.num_frames <= trained.num_frames and (same_size or area_fits):
+    area_fits = any_aspect and min(trained.height, trained.width) ** 2 <= area <= whole
+    if trained.num_frames / SHORTEST_SHARE <= sizes.num_frames <= trained.num_frames and (same_size or area_fits):
         return None
     return (
         f"{sizes.num_frames} frames of {sizes.height}x{sizes.width} are asked for, and the model was trained on "
-        f"{trained.num_frames} of {trained.height}x{trained.width}{' or less' if any_aspect else ''}: "
-        "they may look worse"
+        f"{trained.num_frames} of {trained.height}x{trained.width}"
+        f"{', or of other aspect ratios with that short side' if any_aspect else ''}: they may look worse"
     )

@@ -33,6 +33,7 @@ TARGETS = {
     "sgm.modules.diffusionmodules.sampling.VPODEDPMPP2MSampler": "sat.diffusion.samplers.VPODEDPMPP2MSampler",
     "sgm.modules.diffusionmodules.sampling.VideoDDIMSampler": "sat.diffusion.samplers.VideoDDIMSampler",
     "sgm.modules.diffusionmodules.sampling.ZeroSNRDDIMSampler": "sat.diffusion.samplers.VideoDDIMSampler",
+    "sgm.modules.diffusionmodules.sampling.Image2VideoDDIMSampler": "sat.diffusion.samplers.VideoDDIMSampler",
     "sgm.modules.diffusionmodules.sampling.DPMPP2MSampler": "sat.diffusion.samplers.VPODEDPMPP2MSampler",
     "sgm.modules.diffusionmodules.sampling.SDEDPMPP2MSampler": "sat.diffusion.samplers.VPSDEDPMPP2MSampler",
     "sgm.modules.diffusionmodules.sampling.EulerEDMSampler": "sat.diffusion.edm_samplers.EulerEDMSampler",

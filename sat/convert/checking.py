@@ -1,6 +1,6 @@
 """The end of a conversion: what was written is read back, and both systems' classes run on it with random input."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from sat.errors import CheckpointError
 from sat.vae import Decoder3D, DiagonalGaussianRegularizer, Encoder3D, VideoAutoencoder
 
 Check = int | Literal["auto", "all", "none"]
+Prepare = Callable[[nn.Module], None]
 
 AUTO_NUMBERS = 500_000_000
 """Weights in a network that `auto` still runs whole: four bytes each, twice."""
@@ -76,17 +77,28 @@ def compare_transformers(transformer: Transformer, theirs: Mapping[str, Tensor],
     Of the layers, the first are kept; of a learned position table, the rows of a small clip. First with the epsilon of
     diffusers in our final norm, which must give the same numbers, then with our own.
     """
-    section, text_length = transformer.section, _text_length(transformer.section)
-    sizes = _small(section)
-    rows = text_length + GRID[0] * GRID[1] * GRID[2]
+    expected = run_theirs(transformer.section, theirs, num_layers)
+    words = f"our transformer and diffusers', {_count(num_layers, transformer.section)}, float32"
+    differences = []
+    for system, words_more in (("diffusers", ""), ("sat", ", each with its own epsilon in the last norm")):
+        output = run_ours(transformer, num_layers, EPSILON[system])
+        differences.append(difference(f"{words}{words_more}", output, expected))
+    return differences
+
+
+def run_theirs(
+    section: ConfigNode, state: Mapping[str, Tensor], num_layers: int, prepare: Prepare = lambda network: None
+) -> Tensor:
+    """The output of CogVideoXTransformer3DModel's first layers on the random input, after `prepare` of the network."""
     config = {**descriptions.transformer_config(section), **_their_sizes(section), "num_layers": num_layers}
     config.pop("_class_name")
-    other = _their_transformer(config)
-    other.load_state_dict(_cut(theirs, "transformer_blocks.", num_layers, "patch_embed.pos_embedding", rows))
-    inputs = _inputs(section, text_length)
+    network: nn.Module = load_diffusers().CogVideoXTransformer3DModel(**config).eval()
+    network.load_state_dict(_cut(state, "transformer_blocks.", num_layers, "patch_embed.pos_embedding", _rows(section)))
+    prepare(network)
+    inputs = _inputs(section, _text_length(section))
     rotary = _rotary(config) if config["use_rotary_positional_embeddings"] else None
     with torch.no_grad():
-        expected = other(
+        output: Tensor = network(
             inputs["x"],
             inputs["context"],
             inputs["timesteps"],
@@ -94,17 +106,24 @@ def compare_transformers(transformer: Transformer, theirs: Mapping[str, Tensor],
             image_rotary_emb=rotary,
             return_dict=False,
         )[0]
-    del other
-    words = f"our transformer and diffusers', {_count(num_layers, section)}, float32"
-    differences = []
-    for system, words_more in (("diffusers", ""), ("sat", ", each with its own epsilon in the last norm")):
-        ours = _our_transformer(transformer, num_layers, sizes, EPSILON[system], rows)
-        with torch.no_grad():
-            output = ours(**inputs)
-        largest = float((output - expected).abs().max())
-        differences.append(Difference(f"{words}{words_more}", largest, float(expected.abs().max())))
-        del ours
-    return differences
+    return output
+
+
+def run_ours(
+    transformer: Transformer, num_layers: int, epsilon: float, prepare: Prepare = lambda network: None
+) -> Tensor:
+    """The same of our network."""
+    section = transformer.section
+    network = _our_transformer(transformer, num_layers, _small(section), epsilon, _rows(section))
+    prepare(network)
+    with torch.no_grad():
+        output: Tensor = network(**_inputs(section, _text_length(section)))
+    return output
+
+
+def _rows(section: Mapping[str, Any]) -> int:
+    """Rows of a learned position table that the random input takes."""
+    return _text_length(section) + GRID[0] * GRID[1] * GRID[2]
 
 
 def compare_positions(transformer: Transformer) -> Difference | None:
@@ -204,10 +223,6 @@ def _inputs(section: Mapping[str, Any], text_length: int) -> dict[str, Tensor]:
     return inputs
 
 
-def _their_transformer(config: Mapping[str, Any]) -> nn.Module:
-    return load_diffusers().CogVideoXTransformer3DModel(**config).eval()
-
-
 def _rotary(config: Mapping[str, Any]) -> Any:
     """Their tables for the random input's grid, at the size that they are trained for."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -258,10 +273,11 @@ def compare_vaes(
         decoded = ours.decode(latents, first_frame="parity")
         their_pixels = other.decode(latents.transpose(1, 2)).sample.transpose(1, 2)
     return [
-        _difference("our VAE's encoder and diffusers', 5 frames, float32", moments, expected),
-        _difference("our VAE's decoder and diffusers', 2 latent frames, float32", decoded, their_pixels),
+        difference("our VAE's encoder and diffusers', 5 frames, float32", moments, expected),
+        difference("our VAE's decoder and diffusers', 2 latent frames, float32", decoded, their_pixels),
     ]
 
 
-def _difference(what: str, ours: Tensor, theirs: Tensor) -> Difference:
+def difference(what: str, ours: Tensor, theirs: Tensor) -> Difference:
+    """That of two outputs."""
     return Difference(what, float((ours - theirs).abs().max()), float(theirs.abs().max()))

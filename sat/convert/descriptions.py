@@ -26,6 +26,11 @@ DIFFUSERS_STRETCH = 1.875
 """spatial_interpolation_scale in all of diffusers' files. Rotary models read it only where a learned table has other
 frames than the clip, and a fixed one takes its place."""
 
+NORM_GROUPS = 32
+"""Of the released VAE's norms."""
+PLACES = ("ckpt_path", "model_dir")
+"""Parameters that say where files are, not what a model is."""
+
 # What diffusers' transformer cannot be told, with the value that it has: (place in params, value).
 _FIXED = (
     (("use_SwiGLU",), False),
@@ -68,9 +73,10 @@ def changed(network: ConfigNode, modules: Mapping[str, Any], **params: Any) -> C
     return copy
 
 
-def with_places(section: Mapping[str, Any], vae: Path, text_encoder: Path) -> dict[str, Any]:
-    """A plain copy of a section that finds its VAE and T5 at these places."""
+def of_tree(section: Mapping[str, Any], vae: Path, text_encoder: Path) -> dict[str, Any]:
+    """A plain copy of a section without adapters that finds its VAE and T5 at these places."""
     copy = deepcopy(dict(section))
+    copy["network_config"]["params"]["modules"].pop("lora_config", None)
     if "first_stage_config" in copy:
         copy["first_stage_config"]["params"]["ckpt_path"] = str(vae)
     for embedder in look_up(copy, "conditioner_config", "params", "emb_models", default=[]):
@@ -100,6 +106,31 @@ def takes_image(section: Mapping[str, Any]) -> bool:
 def image_scaling(section: Mapping[str, Any]) -> str:
     """How the latents of a condition image are scaled, see `scale_image_latents`."""
     return section.get("image_scaling") or released_image_scaling(patch_of(section)[0])
+
+
+def set_image_scaling(section: ConfigNode, scaling: str) -> None:
+    """Write a rule into a section, or leave the key out where it is the released weights' own."""
+    section.pop("image_scaling", None)
+    if scaling != released_image_scaling(patch_of(section)[0]):
+        section["image_scaling"] = scaling
+
+
+def differences(section: Mapping[str, Any], released: Mapping[str, Any]) -> list[str]:
+    """Dotted names of what two sections say differently, apart from places of files and adapters."""
+    own, theirs = _values(section), _values(released)
+    return sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+
+
+def _values(node: Any, name: str = "") -> dict[str, Any]:
+    """Dotted name -> value of all that stands in nested mappings and lists of them; null is as good as nothing."""
+    if isinstance(node, Mapping):
+        entries = {key: value for key, value in node.items() if key not in (*PLACES, "lora_config")}
+    elif isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
+        entries = dict(enumerate(node))
+    else:
+        return {} if node is None else {name: node}
+    found = [_values(value, f"{name}.{key}" if name else str(key)) for key, value in entries.items()]
+    return {key: value for part in found for key, value in part.items()}
 
 
 def scale_factor(section: Mapping[str, Any]) -> float:
@@ -229,7 +260,7 @@ def vae_config(section: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str
 def norm_groups(section: Mapping[str, Any] | None) -> int:
     """Groups of the VAE's norms, which leave no trace in its weights."""
     keys = ("first_stage_config", "params", "encoder_config", "params", "norm_groups")
-    return int(look_up(section, *keys, default=32))
+    return int(look_up(section, *keys, default=NORM_GROUPS))
 
 
 def model_index(section: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
@@ -272,14 +303,11 @@ def section_from_diffusers(
         in_channels=config["in_channels"],
         out_channels=config["out_channels"],
     )
-    if not config["use_rotary_positional_embeddings"]:
-        stretch = config["spatial_interpolation_scale"]
-        params.update(height_interpolation=stretch, width_interpolation=stretch)
-        params["time_interpolation"] = config["temporal_interpolation_scale"]
     params.pop("ofs_embed_dim", None)
     if config.get("ofs_embed_dim"):
         params["ofs_embed_dim"] = config["ofs_embed_dim"]
-    params["transformer_args"]["layernorm_epsilon"] = config.get("norm_eps", 1e-5)
+    if config.get("norm_eps", 1e-5) != 1e-5:
+        params["transformer_args"]["layernorm_epsilon"] = config["norm_eps"]
     params["modules"]["pos_embed_config"] = _positions(config, width)
     params["modules"]["patch_embed_config"]["params"]["text_hidden_size"] = config["text_embed_dim"]
     section["conditioner_config"]["params"]["emb_models"][0]["params"]["max_length"] = config["max_text_seq_length"]
@@ -305,14 +333,16 @@ def _positions(config: Mapping[str, Any], width: int) -> dict[str, Any]:
     if config["use_rotary_positional_embeddings"]:
         learned = {"learnable_pos_embed": True} if config.get("use_learned_positional_embeddings") else {}
         return {"target": ROTARY, "params": {"hidden_size_head": width, "text_length": length, **learned}}
-    return {"target": SINCOS, "params": {"text_length": length}}
+    stretch = {f"{side}_interpolation": config["spatial_interpolation_scale"] for side in ("height", "width")}
+    if config["temporal_interpolation_scale"] != 1.0:
+        stretch["time_interpolation"] = config["temporal_interpolation_scale"]
+    return {"target": SINCOS, "params": {"text_length": length, **stretch}}
 
 
 def _take_vae(section: ConfigNode, vae: Mapping[str, Any]) -> None:
     section["scale_factor"] = vae["scaling_factor"]
-    is_inverted = vae.get("invert_scale_latents", False)
-    if is_inverted != (patch_of(section)[0] > 1):  # else it is as released
-        section["image_scaling"] = "divide" if is_inverted else "multiply"
+    if takes_image(section):
+        set_image_scaling(section, "divide" if vae.get("invert_scale_latents", False) else "multiply")
     widths = vae["block_out_channels"]
     for half in ("encoder_config", "decoder_config"):
         section["first_stage_config"]["params"][half]["params"].update(
@@ -320,7 +350,7 @@ def _take_vae(section: ConfigNode, vae: Mapping[str, Any]) -> None:
             ch=widths[0],
             ch_mult=[width // widths[0] for width in widths],
             num_res_blocks=vae["layers_per_block"],
-            norm_groups=vae["norm_num_groups"],
+            **({} if vae["norm_num_groups"] == NORM_GROUPS else {"norm_groups": vae["norm_num_groups"]}),
         )
 
 

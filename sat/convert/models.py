@@ -35,6 +35,8 @@ LEFTOVERS = "sat_leftovers.safetensors"
 """Beside model_index.json: the weights of a SAT file that diffusers has no place for and that nothing else gives."""
 KERNEL = "patch_kernel"
 """The entry in that file's metadata with the sides of the patch, where the file had the layout of release 1.0."""
+IMAGE_SCALING = "image_scaling"
+"""The entry with the rule that diffusers does not have, see `scale_image_latents`."""
 PATCH_WEIGHT = "mixins.patch_embed.proj.weight"
 LORA_MIXIN = "sat.model.finetune.lora2.LoraMixin"
 SAT_LORA_ALPHA = 1.0
@@ -70,6 +72,8 @@ class Transformer:
             if name in self.state and not _is_same(self.state[name], given.get(name))
         }
         metadata = {} if self.kernel is None else {KERNEL: "x".join(map(str, self.kernel))}
+        if descriptions.takes_image(self.section) and descriptions.image_scaling(self.section) == "none":
+            metadata[IMAGE_SCALING] = "none"
         return {**lost, **self.tables}, metadata
 
     def to_file(self) -> dict[str, Tensor]:
@@ -112,6 +116,8 @@ def find_section(place: Place, base: Sequence[Path]) -> ConfigNode:
             for folder, name in (("vae", "config.json"), ("scheduler", "scheduler_config.json"))
         )
         section = descriptions.section_from_diffusers(place.config(), vae, scheduler, CONFIGS)
+        if IMAGE_SCALING in (metadata := _read_leftovers(place)[1]):
+            descriptions.set_image_scaling(section, metadata[IMAGE_SCALING])
     else:
         section = load_config([CONFIGS / _released(place).config])["model"]
     descriptions.network_params(section)  # a CogVideoX transformer, or an error

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sat.cogvideox import presets
 from sat.errors import CheckpointError
 from sat.training.checkpoint import find_checkpoint, model_file
-from sat.weights.describe import listed
+from sat.weights.describe import NO_ALPHA, listed
 from sat.weights.from_diffusers import component_files
 from sat.weights.headers import Header, read_header
 from sat.weights.survey import TEXT_ENCODER_FOLDER, read_json, survey
@@ -156,7 +156,7 @@ def _of_one(path: Path, weights: Weights) -> Places:
     """The places where a path is one part, or a file."""
     path = _chosen_iteration(path, weights)
     finding = survey(path)
-    problems = finding.problems()
+    problems = [found for found in finding.problems() if found[1] != NO_ALPHA]
     if problems:
         where, problem = problems[0]
         raise CheckpointError(f"{where}: {problem}")

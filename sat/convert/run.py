@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sat.cogvideox import presets
 from sat.compat.diffusers_names import dit_from_diffusers, vae_to_diffusers
-from sat.config import ConfigNode, load_config
-from sat.convert import checking, descriptions, writing
+from sat.conditioning.image import released_image_scaling
+from sat.config import ConfigNode, load_config, load_yaml
+from sat.convert import adapter_checking, checking, descriptions, writing
 from sat.convert.adapters import (
     Adapters,
     adapters_to_diffusers,
@@ -23,16 +24,20 @@ from sat.convert.adapters import (
 )
 from sat.convert.companions import check_companions, companion_text, companion_vae
 from sat.convert.models import (
+    LEFTOVERS,
     Transformer,
     find_section,
     read_adapters,
     read_diffusers,
+    read_files,
     read_transformer,
     read_vae,
     sizes_of_vae,
 )
 from sat.convert.places import Place, Places, Weights, find_places, find_vae
 from sat.errors import CheckpointError, ConfigError
+from sat.training.preset import CONFIGS, MODEL_YAML
+from sat.weights.describe import listed
 from sat.weights.lora import LORA_FILE, LoraFile
 from sat.weights.survey import TEXT_ENCODER_FOLDER
 
@@ -94,7 +99,9 @@ def _convert_adapters_alone(request: Request, places: Places, staging: Path) -> 
     assert places.adapters is not None
     adapters = read_adapters(places.adapters, request.lora_alpha)
     if not request.merge:
-        return _write_adapters(request, adapters, places.adapters.header().metadata.get("base_model", ""), staging)
+        return _write_adapters(
+            request, adapters, places.adapters.header().metadata.get("base_model", ""), None, staging
+        )
     if request.merge_base is None:
         raise CheckpointError(
             f"{request.source} holds adapters without the model that they belong to; give it: --merge-lora BASE"
@@ -107,8 +114,10 @@ def _convert_adapters_alone(request: Request, places: Places, staging: Path) -> 
     return _write_model(request, base, replace(transformer, adapters=adapters), staging)
 
 
-def _write_adapters(request: Request, adapters: Adapters, base_model: str, staging: Path) -> list[str]:
-    """One file. base_model: what the adapters were trained on, in words, where that is known."""
+def _write_adapters(
+    request: Request, adapters: Adapters, base_model: str, base: Transformer | None, staging: Path
+) -> list[str]:
+    """One file. base_model: what the adapters were trained on, in words, where that is known; base: its weights."""
     if request.dtype is not None:
         dtype = DTYPES[request.dtype]
         adapters = {name: replace(one, down=one.down.to(dtype), up=one.up.to(dtype)) for name, one in adapters.items()}
@@ -124,15 +133,23 @@ def _write_adapters(request: Request, adapters: Adapters, base_model: str, stagi
         else:
             state = adapters_to_kohya(adapters, request.nodes == "core")
         writing.write_adapters(state, metadata, file)
-    back = find_places(file).adapters
-    assert back is not None
-    largest = largest_difference(adapters, read_adapters(back))
+    place = find_places(file).adapters
+    assert place is not None
+    back = read_adapters(place)
+    largest = largest_difference(adapters, back)
     ranks = sorted({adapter.rank for adapter in adapters.values()})
     scales = sorted({adapter.scale for adapter in adapters.values()})
     words = f"adapters on {len(adapters)} modules, rank {_numbers(ranks)}, scale alpha / rank = {_numbers(scales)}"
     if not largest <= checking.LIMIT:
         raise CheckpointError(f"the adapters that were written add something else, nothing was kept ({largest:.1e})")
-    return [words, f"checked: what they add on random input, read back, float32: largest difference {largest:.1e}"]
+    lines = [words, f"checked: what they add on random input, read back, float32: largest difference {largest:.1e}"]
+    if request.check == "none":
+        return [*lines, "not compared with diffusers' classes (--check none)"]
+    # The file on the side that it is for, its source on the other.
+    ours, others = (back, adapters) if request.to == "sat" else (adapters, back)
+    theirs = read_files(place) if request.to == "diffusers" else adapters_to_diffusers(others)[0]
+    found = adapter_checking.compare_adapters(ours, theirs, base, request.check)
+    return [*lines, f"checked: {_judged([found])[0]}" if isinstance(found, checking.Difference) else found]
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -193,7 +210,7 @@ def _convert_model(request: Request, places: Places, staging: Path) -> list[str]
     if transformer.adapters and not request.merge:
         log.info("these are adapters and the weights under them: writing the adapters (--merge-lora: the whole model)")
         shapes = {name: value.shape for name, value in transformer.state.items()}
-        return _write_adapters(request, transformer.adapters, presets.describe_weights(shapes), staging)
+        return _write_adapters(request, transformer.adapters, presets.describe_weights(shapes), transformer, staging)
     return _write_model(request, places, transformer, staging)
 
 
@@ -258,10 +275,29 @@ def _write_sat(job: _Job) -> list[str]:
         writing.write_sat_text_encoder(*job.text, tree / TEXT_ENCODER_FOLDER, job.bar)
     kind = presets.transformer_kind({name: value.shape for name, value in job.transformer.state.items()})
     lines = job.lines(tree / "transformer", tree / "vae" / "3d-vae.pt")
-    if kind is None or not kind.has_released_size:
-        writing.write_model_yaml(job.transformer.section, job.request.target.absolute(), tree / "model.yaml")
-        lines.append(f"no released size: use --base {job.request.target / 'model.yaml'}")
-    return lines
+    return [*lines, *_describe_tree(job, kind), *_scaling_line(job.transformer.section)]
+
+
+def _describe_tree(job: _Job, kind: presets.TransformerKind | None) -> list[str]:
+    """Write the model section of a tree that no released YAML describes, which is a line for people."""
+    section, target = job.transformer.section, job.request.target
+    released, words = ConfigNode(), "no released size"
+    if kind is not None and kind.preset is not None and kind.has_released_size:
+        released = load_yaml(CONFIGS / kind.preset.config)
+        own = descriptions.differences(section, released["model"])
+        if not own:
+            return []
+        words = f"not as {kind.preset.config} in {listed(own)}"
+    writing.write_model_yaml(section, released, target.absolute(), job.staging / MODEL_YAML)
+    return [f"{words}: {target / MODEL_YAML} describes it; args.load of this folder finds that, or give it as --base"]
+
+
+def _scaling_line(section: Mapping[str, Any]) -> list[str]:
+    """A line where the latents of a condition image are not scaled as the released configuration says."""
+    own, usual = descriptions.image_scaling(section), released_image_scaling(descriptions.patch_of(section)[0])
+    if not descriptions.takes_image(section) or own == usual:
+        return []
+    return [f"the image's latents are scaled with image_scaling: {own}; the released configuration says {usual}"]
 
 
 def _write_diffusers(job: _Job) -> list[str]:
@@ -278,7 +314,8 @@ def _write_diffusers(job: _Job) -> list[str]:
     if descriptions.takes_image(section) and descriptions.image_scaling(section) == "none":
         lines.append(
             f"not the same in diffusers: it divides the image's latents by {descriptions.scale_factor(section):g}, as "
-            "with its released files of 1.5; this model's configuration leaves them as they are (image_scaling)"
+            "with its released files of 1.5; this model's configuration leaves them as they are (image_scaling: none, "
+            f"which {LEFTOVERS} keeps for the way back)"
         )
     if missing:
         lines.append(f"without {' and '.join(missing)}: pass them to from_pretrained, or convert again with them")
@@ -302,7 +339,7 @@ def _write_comfy(job: _Job) -> list[str]:
             "ComfyUI's own nodes give models of release 1.0 other positions than those they were trained with, as read "
             "in their code; --nodes wrapper writes for ComfyUI-CogVideoXWrapper (docs/conversion.md)"
         )
-    return job.lines(file, vae)
+    return [*job.lines(file, vae), *_scaling_line(job.transformer.section)]
 
 
 _WRITERS: Mapping[Layout, Callable[[_Job], list[str]]] = {

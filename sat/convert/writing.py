@@ -83,10 +83,13 @@ def write_sat_vae(state: Mapping[str, Tensor], file: Path, bar: Any) -> None:
     bar.update(num_bytes(state))
 
 
-def write_model_yaml(section: Mapping[str, Any], tree: Path, file: Path) -> None:
-    """The model section, with the VAE and T5 that a tree will hold; for sizes that nothing else describes."""
-    section = descriptions.with_places(section, tree / "vae" / "3d-vae.pt", tree / TEXT_ENCODER_FOLDER)
-    file.write_text(dump_config({"model": section}), encoding="utf-8")
+def write_model_yaml(section: Mapping[str, Any], released: Mapping[str, Any], tree: Path, file: Path) -> None:
+    """The model section, with the VAE and T5 that a tree will hold; for models that are not as released.
+
+    released: what the released model of the same size says besides, of clips and precision.
+    """
+    section = descriptions.of_tree(section, tree / "vae" / "3d-vae.pt", tree / TEXT_ENCODER_FOLDER)
+    file.write_text(dump_config({**released, "model": section}), encoding="utf-8")
 
 
 def write_sat_text_encoder(encoder: Path, tokenizer: Path, folder: Path, bar: Any) -> None:

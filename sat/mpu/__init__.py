@@ -11,8 +11,10 @@ from sat.mpu.mappings import (
     scatter_to_model_parallel_region,
 )
 from sat.mpu.shards import ShardRule, shard_rules
+from sat.mpu.sharing import broadcast_data, get_cuda_rng_tracker
 from sat.mpu.state import (
     ParallelState,
+    destroy_model_parallel,
     get_data_parallel_group,
     get_data_parallel_rank,
     get_data_parallel_world_size,
@@ -35,9 +37,12 @@ __all__ = [
     "ShardRule",
     "Traffic",
     "VocabParallelEmbedding",
+    "broadcast_data",
     "copy_to_model_parallel_region",
     "count_traffic",
+    "destroy_model_parallel",
     "gather_from_model_parallel_region",
+    "get_cuda_rng_tracker",
     "get_data_parallel_group",
     "get_data_parallel_rank",
     "get_data_parallel_world_size",

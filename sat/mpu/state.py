@@ -51,7 +51,8 @@ class ParallelState:
             halves = f" x {guidance} halves of guidance" if guidance > 1 else ""
             raise LayoutError(
                 f"{world} processes do not divide into model_parallel_size {tp} x context_parallel_size {cp}{halves}; "
-                f"start a multiple of {max(tp, 1) * max(cp, 1) * guidance}, or choose from {legal_layouts(world)}"
+                f"start a multiple of {max(tp, 1) * max(cp, 1) * guidance}, or choose from "
+                f"{legal_layouts(world, guidance)}"
             )
         ulysses = cp if ulysses is None else ulysses
         if ulysses < 1 or cp % ulysses:
@@ -115,15 +116,19 @@ def choose_ulysses(mode: ContextMode, cp: int, num_heads: int) -> int:
     return max(size for size in divisors if size <= num_heads and -(-num_heads // size) * size <= 1.1 * num_heads)
 
 
-def legal_layouts(world: int) -> str:
-    """`dp x cp x tp` products that `world` processes divide into, for messages."""
+def legal_layouts(world: int, guidance: int = 1) -> str:
+    """`dp x cp x tp` products that `world` processes divide into, for messages; with guidance, beside its halves."""
+    if world % guidance:
+        return f"layouts without args.guidance_parallel: its halves need a multiple of {guidance} processes"
+    each = world // guidance
     choices = [
-        f"{world // (tp * cp)} x {cp} x {tp}"
-        for tp in range(1, world + 1)
-        for cp in range(1, world + 1)
-        if world % (tp * cp) == 0
+        f"{each // (tp * cp)} x {cp} x {tp}"
+        for tp in range(1, each + 1)
+        for cp in range(1, each + 1)
+        if each % (tp * cp) == 0
     ]
-    return f"dp x cp x tp = {', '.join(choices[:12])}{', ...' if len(choices) > 12 else ''}"
+    axes = "dp x cp x tp" if guidance == 1 else f"dp x cp x tp, beside {guidance} halves of guidance,"
+    return f"{axes} = {', '.join(choices[:12])}{', ...' if len(choices) > 12 else ''}"
 
 
 _current = ParallelState()
@@ -144,6 +149,11 @@ def initialize_model_parallel(model_parallel_size: int) -> None:
     """SAT's way to form the groups of a running `torch.distributed` job."""
     device_type = "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
     set_parallel_state(ParallelState.build(tp=model_parallel_size, device_type=device_type))
+
+
+def destroy_model_parallel() -> None:
+    """Forget the groups; SAT's functions then speak of a lone process. Nothing that was built with them changes."""
+    set_parallel_state(ParallelState())
 
 
 def model_parallel_is_initialized() -> bool:

@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from sat.diffusion.samplers import Step
 from sat.errors import ConfigError, SamplingError
 from sat.logs import setup_logging
 from sat.mpu.launch import Launch, joined, read_launch
+from sat.mpu.recorder import Recorder, recorded
 from sat.mpu.state import set_parallel_state
 from sat.ops.attention_kernels import attention_kernel
 from sat.sampling.args import (
@@ -52,25 +54,37 @@ T = TypeVar("T")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_WAIT_MINUTES = 24 * 60.0
-"""Processes meet once, at the end, and a process that has one video more may be hours behind."""
+"""Processes that share no video meet once, at the end, and one that has a video more may be hours behind."""
+SHARED_WAIT_MINUTES = 60.0
+"""Those that sample a video together meet in every layer; between two videos they wait for the one that decodes."""
 
 
 def sample(config: ConfigNode, seed: int, prompts: Sequence[str] | None = None) -> list[Path]:
     """Sample the prompts given, or those that the args section names; returns the files this process wrote."""
     with joined(LONGEST_WAIT_MINUTES) as launch:
         setup_logging(launch.rank)
-        return sample_joined(config, seed, prompts)
+        return sample_joined(config, seed, prompts, launch)
 
 
-def sample_joined(config: ConfigNode, seed: int, prompts: Sequence[str] | None = None) -> list[Path]:
+def sample_joined(
+    config: ConfigNode, seed: int, prompts: Sequence[str] | None = None, launch: Launch | None = None
+) -> list[Path]:
     """The same within a process group that is there already."""
-    started, launch, args = time.perf_counter(), read_launch(), sample_args(config)
+    args, launch = sample_args(config), launch or read_launch()
+    with recorded(launch, wait_minutes(args)) as recorder:
+        return _sample(config, args, seed, prompts, recorder)
+
+
+def _sample(
+    config: ConfigNode, args: SampleArgs, seed: int, prompts: Sequence[str] | None, recorder: Recorder
+) -> list[Path]:
+    started, launch = time.perf_counter(), recorder.launch
     typed = prompts is None and args.input_type == "cli"
     if typed and launch.world_size > 1:
         raise ConfigError("prompts cannot be typed in to several processes; use args.input_type=txt")
     with_image = takes_image(config, args)
     found = None if typed else [parse_prompt(line, with_image) for line in prompts or read_prompts(args)]
-    run = SamplingRun(config, args, seed, launch)
+    run = SamplingRun(config, args, seed, recorder)
     with attention_kernel(args.attention, attention_work(run.engine.network, run.sizes)):
         if found is None:  # a typed prompt waits for no others
             written = run.sample_all((parse_prompt(line, with_image) for line in typed_prompts()), 1)
@@ -84,18 +98,26 @@ def sample_joined(config: ConfigNode, seed: int, prompts: Sequence[str] | None =
     return written
 
 
+def wait_minutes(args: SampleArgs) -> float:
+    """How long a collective of processes that work together may take."""
+    shares = args.model_parallel_size * args.context_parallel_size > 1 or args.guidance_parallel
+    return SHARED_WAIT_MINUTES if shares else LONGEST_WAIT_MINUTES
+
+
 class SamplingRun:
     """A loaded model and the sizes to sample at. What can be wrong without the model is checked before it is built."""
 
-    def __init__(self, config: ConfigNode, args: SampleArgs, seed: int, launch: Launch) -> None:
-        self.args, self.seed, self.launch = args, seed, launch
+    def __init__(self, config: ConfigNode, args: SampleArgs, seed: int, recorder: Recorder) -> None:
+        self.args, self.seed, self.recorder = args, seed, recorder
+        self.launch = launch = recorder.launch
         self.sizes = sampling_sizes(config, args)
         self.fps = sampling_fps(config, args)
         self.precision = sampling_precision(config, args)
         if args.load is None:
             raise ConfigError("args.load is not set; give a file, an iteration folder or a run directory")
         self.checkpoint = open_weights(args.load, args.weights)
-        self.parallel = build_parallel_state(config, args, launch.device.type, guidance=1 + args.guidance_parallel)
+        guidance, timeout = 1 + args.guidance_parallel, timedelta(minutes=wait_minutes(args))
+        self.parallel = build_parallel_state(config, args, launch.device.type, guidance, timeout)
         set_parallel_state(self.parallel)
         self.decodes = self.parallel.rank("guidance") == 0 and self.parallel.rank("tp") == 0
         self.writes = self.decodes and self.parallel.rank("cp") == 0
@@ -111,7 +133,9 @@ class SamplingRun:
             self.engine = self._build(config)
         self.latent_shape = self._latent_shape(self.sizes)
         log.info("%s, seed %d, %s on %s", self._sampler_in_words(), seed, self.precision, launch.device.type)
-        self.initial_noise, self.prefix = self._read_inputs()
+        self._inputs: dict[VideoSizes, tuple[Tensor | None, Tensor | None]] = {}
+        if not self.follows_image:  # else each size that comes has its own
+            self._inputs_of(self.sizes)
 
     def _build(self, config: ConfigNode) -> VideoDiffusionEngine:
         section = config["model"]
@@ -151,21 +175,26 @@ class SamplingRun:
         size = size_of_short_side(*image_size(prompt.image), (self.sizes.height, self.sizes.width))
         return video_sizes(self.sizes.num_frames, *size, self.patch_size, self.sizes.text_length)
 
-    def _read_inputs(self) -> tuple[Tensor | None, Tensor | None]:
-        """The noise (t c h w) and the prefix (f c h w) that the args section names."""
+    def _inputs_of(self, sizes: VideoSizes) -> tuple[Tensor | None, Tensor | None]:
+        """The noise (t c h w) and the prefix (f c h w) that the args section names, for videos of some sizes."""
+        if sizes not in self._inputs:
+            self._inputs[sizes] = self._read_inputs(self._latent_shape(sizes))
+        return self._inputs[sizes]
+
+    def _read_inputs(self, latent_shape: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         noise = prefix = None
         if self.args.initial_noise is not None:
-            shape = self.engine.padded_shape(self.latent_shape)
+            shape = self.engine.padded_shape(latent_shape)
             noise = read_tensor(Path(self.args.initial_noise), NOISE_NAME, shape)
         fixed_frames = getattr(self.engine.sampler, "fixed_frames", 0)
         if self.args.prefix is not None:
-            own_frames = fixed_frames + self.latent_shape[0] - self.engine.padded_shape(self.latent_shape)[0]
+            own_frames = fixed_frames + latent_shape[0] - self.engine.padded_shape(latent_shape)[0]
             if own_frames < 1:
                 raise ConfigError(
                     "args.prefix is set, but the sampler keeps no frames; say how many latent frames (padding among "
                     "them) with model.sampler_config.params.fixed_frames"
                 )
-            shape = (own_frames, *self.latent_shape[1:])
+            shape = (own_frames, *latent_shape[1:])
             prefix = read_latents(self.engine, Path(self.args.prefix), shape, at_end=True)
         return noise, prefix
 
@@ -195,12 +224,14 @@ class SamplingRun:
         sizes = self.sizes_of(prompts[0])
         paths = [prompt.image for prompt in prompts if prompt.image is not None]
         images = [read_image(path, (sizes.height, sizes.width)) for path in paths]
+        initial_noise, prefix = self._inputs_of(sizes)
         shows_bar = self.launch.is_main and sys.stderr.isatty()
         num_steps = self.engine.sampler.num_steps
         title = f"prompt {indices[0] + 1}" if len(indices) == 1 else f"prompts {indices[0] + 1} .. {indices[-1] + 1}"
         with tqdm(desc=f"{title}{of_total}", total=num_steps, disable=not shows_bar, unit="step", leave=False) as bar:
 
             def advance(step: Step) -> None:
+                self.recorder.step = step.index
                 bar.update()
 
             latents = self.engine.sample(
@@ -209,8 +240,8 @@ class SamplingRun:
                 self.seed,
                 self._latent_shape(sizes),
                 advance,
-                self.initial_noise,
-                self.prefix,
+                initial_noise,
+                prefix,
                 torch.stack(images) if images else None,
                 self.args.lora_scale,
             )

@@ -29,6 +29,7 @@ from sat.logs import SAME_ON_EVERY_RANK
 from sat.mpu.shards import ShardRule, shard_rules
 from sat.mpu.state import ParallelState
 from sat.vae.checkpoint import refuse_foreign
+from sat.weights.survey import read_json
 from sat.weights.whole import AVERAGES, LATEST, MANIFEST, iteration_names, problem_of, read_latest, step_of
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,25 @@ def choose_iteration(
     inside = ", ".join(sorted(entry.name for entry in run_dir.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         f"{run_dir} is no checkpoint: it has neither {model_file(0)} nor '{LATEST}'; it holds {inside}"
+        f"{_conversion(run_dir)}"
     )
+
+
+def _conversion(folder: Path) -> str:
+    """How to make a checkpoint of a folder of diffusers'; nothing for others."""
+    whole = next((one for one in (folder, folder.absolute().parent) if (one / "model_index.json").is_file()), folder)
+    if whole == folder and not (folder / "model_index.json").is_file() and not _is_diffusers(folder / "config.json"):
+        return ""
+    made = whole.with_name(f"{whole.name}-sat")
+    return (
+        f". It is a diffusers folder: convert it with `python tools/convert.py {whole} {made} --to sat` and give "
+        f"{made / 'transformer'}"
+    )
+
+
+def _is_diffusers(config: Path) -> bool:
+    """Whether a config.json is that of a transformer of diffusers'."""
+    return "Transformer" in str(read_json(config).get("_class_name", ""))
 
 
 def iterations_to_try(run_dir: Path) -> list[str]:

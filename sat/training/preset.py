@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """Where the presets' YAML files are: beside the package, in the project's folder."""
+RUN_YAML = "training_config.yaml"
+MODEL_YAML = "model.yaml"
+"""In the folder of a released tree: the model section of one that is not as released."""
 
 
 def load_run_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> ConfigNode:
@@ -30,10 +33,10 @@ def load_run_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) 
     if os.environ.get("RANK", "0") == "0":
         log.info("the configuration names no model: taking that of %s, by the weights in %s", file, load)
     below = load_yaml(file)
-    if file.parent != CONFIGS:  # a run's own: what it was trained on and how is no affair of this one
+    if file.name == RUN_YAML:  # what it was trained on and how is no affair of this one
         below = _only_model(below)
     config = load_config(paths, overrides, below)
-    if file.parent == CONFIGS:
+    if file.name != RUN_YAML:
         _use_own_tree(config, weights, str(file))
         _add_adapters(config, weights)
     return config
@@ -62,10 +65,12 @@ def _add_adapters(config: ConfigNode, weights: Path) -> None:
 
 
 def model_file(weights: Path) -> Path:
-    """The YAML of the model in a file of weights: its run's own, else the released one that its shapes fit."""
+    """The YAML of the model in a file of weights: its run's or tree's own, else the released one that it fits."""
     for folder in weights.parents[:2]:
-        if (folder / "training_config.yaml").is_file():
-            return folder / "training_config.yaml"
+        if (folder / RUN_YAML).is_file():
+            return folder / RUN_YAML
+        if folder.name.startswith("transformer") and (folder.parent / MODEL_YAML).is_file():
+            return folder.parent / MODEL_YAML
     shapes = read_header(weights).shapes
     kind = transformer_kind(shapes)
     if kind is None or kind.preset is None or not kind.has_released_size:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sat.cogvideox import presets
+from sat.compat.comfy_names import comfy_to_diffusers
 from sat.compat.file_types import describe_vae
+from sat.compat.lora_names import LORA_DOWN, LORA_UP
 from sat.compat.sat_names import LEGACY_CLASSES
+from sat.errors import CheckpointError
 from sat.weights.headers import Header
 
 CONFIGS = Path("configs")
@@ -24,6 +27,30 @@ REQUIRED = (
     "mixins.final_layer.adaLN_modulation.1.weight",
 )
 """Weights outside the layers that every CogVideoX transformer has."""
+REQUIRED_OF_DIFFUSERS = (
+    "time_embedding.linear_1.weight",
+    "time_embedding.linear_2.weight",
+    "patch_embed.proj.weight",
+    "patch_embed.text_proj.weight",
+    "norm_out.linear.weight",
+    "proj_out.weight",
+)
+"""The same under diffusers' names."""
+REQUIRED_OF_VAE = tuple(f"{half}.conv_{end}.conv.weight" for half in ("encoder", "decoder") for end in ("in", "out"))
+"""Weights of diffusers' VAE at the ends of its halves."""
+OF_HIDDEN_SIZE = re.compile(
+    r"query_key_value|attention\.dense|to_[qkv]\b|to_out[._]0|attn_out|blocks[._]\d+[._][qkv]\b"
+)
+"""Modules whose inputs are as wide as the transformer."""
+NO_ALPHA = (
+    "it does not say its alpha, without which its strength is unknown and --lora refuses it; "
+    "tools/convert.py IT DST --to sat --lora-alpha X writes it in"
+)
+"""The one thing wrong with adapters that converting them mends."""
+DOWN = re.compile(r"\.matrix_A\.0$|[._]lora[_.](?:A|down)\.")
+"""What stands behind a module's name in that of the matrix which reduces to the rank."""
+HALVES = ((".matrix_A.", ".matrix_B."), *zip(LORA_DOWN, LORA_UP))
+"""What the names of an adapter's two matrices differ in."""
 
 
 @dataclass
@@ -66,12 +93,18 @@ def describe(path: Path, header: Header, config: Mapping[str, Any] | None = None
         _describe_transformer(finding, header)
     elif family == presets.VAE:
         _describe_vae(finding, header)
-    elif family in (presets.DIFFUSERS_TRANSFORMER, presets.DIFFUSERS_VAE):
-        _describe_diffusers(finding, family, header, config or {})
+    elif family == presets.DIFFUSERS_TRANSFORMER:
+        finding.facts.append("tools/fetch_weights.py NAME --from its folder makes SAT's files of it")
+        _describe_diffusers(finding, header.shapes, "diffusers'", config or {})
+    elif family == presets.DIFFUSERS_VAE:
+        finding.facts.append("tools/fetch_weights.py NAME --from its folder makes SAT's files of it")
+        missing = [name for name in REQUIRED_OF_VAE if name not in shapes]
+        finding.problem = f"it lacks {listed(missing)}" if missing else None
     elif family == presets.COMFY_TRANSFORMER:
         finding.facts.append("tools/convert.py gives it SAT's or diffusers' names")
+        _describe_comfy(finding, shapes)
     elif family in (presets.ADAPTERS, presets.DIFFUSERS_ADAPTERS):
-        finding.facts.append(_adapters(header))
+        _describe_adapters(finding, family, header)
     elif family == presets.TEXT_ENCODER:
         _describe_text_encoder(finding, shapes)
     elif family == presets.CORE_MODEL:
@@ -131,22 +164,33 @@ def _describe_vae(finding: Finding, header: Header) -> None:
         finding.facts.append(f"{losses} weights of its training loss (ignore_keys: ['loss'])")
 
 
-def _describe_diffusers(finding: Finding, family: str, header: Header, config: Mapping[str, Any]) -> None:
-    finding.facts.append("tools/fetch_weights.py NAME --from its folder makes SAT's files of it")
-    if family == presets.DIFFUSERS_VAE:
+def _describe_comfy(finding: Finding, shapes: presets.Shapes) -> None:
+    try:
+        theirs = comfy_to_diffusers(shapes)
+    except CheckpointError as error:
+        finding.problem = str(error)
         return
-    preset = diffusers_preset(header.shapes, config)
+    _describe_diffusers(finding, theirs, "ComfyUI's", {})
+    if finding.problem is not None:
+        finding.problem += " (under diffusers' names)"
+
+
+def _describe_diffusers(finding: Finding, shapes: presets.Shapes, whose: str, config: Mapping[str, Any]) -> None:
+    """A transformer under diffusers' names, whose own names may be another's."""
+    preset = diffusers_preset(shapes, config)
     size = (
-        header.shapes.get("patch_embed.proj.weight", (0,))[0],
-        presets.count_layers(header.shapes, r"transformer_blocks\.(\d+)\."),
+        shapes.get("patch_embed.proj.weight", (0,))[0],
+        presets.count_layers(shapes, r"transformer_blocks\.(\d+)\."),
     )
     finding.preset = preset
     if preset is not None and size == (preset.hidden_size, preset.num_layers):
-        finding.what = f"{preset.name} under diffusers' names"
+        finding.what = f"{preset.name} under {whose} names"
         finding.config = str(CONFIGS / preset.config)
     elif preset is not None:
-        finding.what = f"a transformer in the form of {preset.name} under diffusers' names"
-    missing = _uneven_layers(header.tensors)
+        finding.what = f"a transformer in the form of {preset.name} under {whose} names"
+    missing = _uneven_layers(shapes)
+    if not any(name.startswith("time_condition_embed.") for name in shapes):  # CogView3-Plus
+        missing += [name for name in REQUIRED_OF_DIFFUSERS if name not in shapes]
     layers = config.get("num_layers", size[1])
     if missing or layers != size[1]:
         finding.problem = f"it lacks {listed(missing) if missing else f'{layers - size[1]} of {layers} layers'}"
@@ -184,9 +228,43 @@ def _describe_core(finding: Finding, shapes: presets.Shapes) -> None:
     finding.facts += [f"mixins {', '.join(mixins)}"] if mixins else []
 
 
+def _describe_adapters(finding: Finding, family: str, header: Header) -> None:
+    """Adapters alone: what they are for, by the file's own word or by their widths and layers; halves of them."""
+    finding.facts.append(_adapters(header))
+    named = [one for one in presets.PRESETS if header.metadata.get("base_model", "").split(" with ")[0] == one.name]
+    fitting = named or _bases(header.shapes)
+    if fitting:
+        finding.facts.append(f"for {' or '.join(one.name for one in fitting)}")
+        finding.config = " or ".join(str(CONFIGS / one.config) for one in fitting)
+    if len(fitting) == 1:
+        finding.preset = fitting[0]
+    missing = _missing_halves(header.shapes)
+    if missing:
+        finding.problem = f"it lacks {listed(missing)}: an adapter has two matrices"
+    elif family == presets.ADAPTERS and "alpha" not in header.metadata:
+        finding.problem = NO_ALPHA
+
+
+def _bases(shapes: presets.Shapes) -> list[presets.Preset]:
+    """The released models whose width and depth adapters fit."""
+    widths = {
+        shape[1] for name, shape in shapes.items() if DOWN.search(name) and OF_HIDDEN_SIZE.search(DOWN.split(name)[0])
+    }
+    layers = [int(match[1]) for name in shapes if (match := re.search(r"(?:layers|blocks)[._](\d+)[._]", name))]
+    return [one for one in presets.PRESETS if widths == {one.hidden_size} and max(layers, default=-1) < one.num_layers]
+
+
+def _missing_halves(names: Iterable[str]) -> list[str]:
+    """Matrices whose other half is there; names differ in one word only."""
+    names = set(names)
+    others = {one: other for pair in HALVES for one, other in (pair, pair[::-1])}
+    wanted = [name.replace(own, other) for name in names for own, other in others.items() if own in name]
+    return sorted(set(wanted) - names)
+
+
 def _adapters(header: Header) -> str:
     shapes = header.shapes
-    down = [shape[0] for name, shape in shapes.items() if re.search(r"matrix_A\.0$|\.lora_(A|down)\.", name)]
+    down = [shape[0] for name, shape in shapes.items() if DOWN.search(name)]
     ranks = ", ".join(map(str, sorted(set(down))))
     own = [f"{key} {header.metadata[key]}" for key in ("alpha", "targets", "base_model") if header.metadata.get(key)]
     return ", ".join([f"LoRA of rank {ranks} on {len(down)} modules", *own])

@@ -24,6 +24,8 @@ TREE = {
     TEXT_ENCODER_FOLDER: (TEXT_ENCODER_FOLDER,),
 }
 """Parts of a released tree -> the names that its folders have."""
+COMFY_FOLDER = "diffusion_models"
+"""Where ComfyUI looks for transformers."""
 
 
 def survey(path: str | Path) -> Finding:
@@ -88,10 +90,19 @@ def _survey_folder(path: Path) -> Finding:
         return survey_text_encoder(path)
     if "config.json" in names or _weight_files(path):
         return _survey_component(path)
+    if COMFY_FOLDER in names:
+        return _survey_comfy(path)
     found = {part: [path / name for name in folders if name in names] for part, folders in TREE.items()}
     if any(found.values()):
         return _survey_tree(path, found)
     return Finding(path, "a folder without weights", problem=f"it holds {listed(sorted(names))}")
+
+
+def _survey_comfy(path: Path) -> Finding:
+    """A folder of ComfyUI's, or what tools/convert.py writes for one."""
+    parts = [survey(path / name) for name in (COMFY_FOLDER, "vae") if (path / name).is_dir()]
+    what = f"{parts[0].what}, in a folder for ComfyUI"
+    return Finding(path, what, config=parts[0].config, preset=parts[0].preset, parts=parts)
 
 
 def _survey_tree(path: Path, found: Mapping[str, list[Path]]) -> Finding:
@@ -103,6 +114,8 @@ def _survey_tree(path: Path, found: Mapping[str, list[Path]]) -> Finding:
     if len(found["transformer"]) == 1:
         finding.what = f"{parts[0].what}, a released tree"
         finding.config, finding.preset = parts[0].config, parts[0].preset
+        if (path / "model.yaml").is_file():
+            finding.config = str(path / "model.yaml")
     return finding
 
 

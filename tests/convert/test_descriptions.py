@@ -135,7 +135,9 @@ def test_stretched_positions_of_1_5_are_refused() -> None:
     [
         (PRESETS[2], "divide", True, "divide"),
         (PRESETS[4], "multiply", False, "multiply"),
-        (PRESETS[4], "none", True, None),  # diffusers has no such rule; its released files have this one
+        (PRESETS[4], "divide", True, "divide"),
+        (PRESETS[4], "none", True, "divide"),  # diffusers has no such rule: the file beside keeps it
+        (PRESETS[3], "none", True, None),  # it takes no image
     ],
 )
 def test_the_scaling_of_the_image_goes_along(preset: Preset, own: str, is_inverted: bool, back: str | None) -> None:
@@ -153,6 +155,27 @@ def test_schedules_that_diffusers_lacks_are_refused() -> None:
 
 
 def test_the_yaml_of_a_new_tree_names_its_own_vae_and_t5() -> None:
-    section = descriptions.with_places(section_of(PRESETS[1]), Path("a/vae.pt"), Path("a/t5"))
+    section = descriptions.of_tree(section_of(PRESETS[1]), Path("a/vae.pt"), Path("a/t5"))
     assert section["first_stage_config"]["params"]["ckpt_path"] == "a/vae.pt"
     assert section["conditioner_config"]["params"]["emb_models"][0]["params"]["model_dir"] == "a/t5"
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=IDS)
+def test_a_section_made_of_their_files_says_what_the_released_one_says(preset: Preset) -> None:
+    section = section_of(preset)
+    files = (
+        descriptions.transformer_config(section),
+        descriptions.vae_config(section, RELEASED_VAE),
+        descriptions.scheduler_config(section),
+    )
+    found = descriptions.differences(descriptions.section_from_diffusers(*files, CONFIGS), section)
+    assert found == (["image_scaling"] if preset.name == "CogVideoX1.5-5B-I2V" else [])  # it divides
+
+
+def test_places_and_adapters_are_no_differences() -> None:
+    own = section_of(PRESETS[1], "model.scale_factor=0.5", "model.first_stage_config.params.ckpt_path=else.pt")
+    own["network_config"]["params"]["modules"]["lora_config"] = {"target": "sat.model.finetune.lora2.LoraMixin"}
+    own["conditioner_config"]["params"]["emb_models"][0]["ucg_rate"] = 0.2
+    found = descriptions.differences(own, section_of(PRESETS[1]))
+    assert found == ["conditioner_config.params.emb_models.0.ucg_rate", "scale_factor"]
+    assert "lora_config" not in descriptions.of_tree(own, Path("v"), Path("t"))["network_config"]["params"]["modules"]

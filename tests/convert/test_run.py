@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sat.cogvideox import presets
 from sat.compat.comfy_names import comfy_from_diffusers
 from sat.compat.diffusers_names import DIT_POSITIONS, dit_to_diffusers, vae_to_diffusers
 from sat.config import load_config
@@ -26,11 +28,13 @@ from sat.convert.run import Request, convert
 from sat.errors import CheckpointError, ConfigError, SatError
 from sat.mpu.shards import cut_state, shard_rules
 from sat.training.checkpoint import load_weights
+from sat.training.preset import load_run_config
 from sat.vae import save_vae_state
 from sat.weights.from_diffusers import save_transformer
 from sat.weights.survey import survey
 from tests.cogvideox.tiny import FORMS, HEAD_DIM, TEXT_LENGTH, build
 from tests.convert.tiny import PROJECTION, Tree, channels, make_vae, random_table, section
+from tests.weights.released import PRESET_OF
 
 Trees = Callable[[str], Tree]
 Folders = Callable[[str], Path]
@@ -246,6 +250,50 @@ def test_an_image_scaling_that_diffusers_lacks_is_told(tree: Trees, tmp_path: Pa
         assert any("divides the image's latents by 0.7" in line for line in convert(request)) == is_told
 
 
+def scaled_yaml(tree: Trees, file: Path, scaling: str | None) -> Path:
+    model = yaml.safe_load(tree("1.5-5B-I2V").yaml.read_text())["model"]
+    return write_yaml(file, model if scaling is None else {**model, "image_scaling": scaling})
+
+
+@pytest.mark.parametrize("own", ["multiply", "divide", None])
+def test_the_scale_of_the_images_latents_survives_both_ways(tree: Trees, tmp_path: Path, own: str | None) -> None:
+    base = scaled_yaml(tree, tmp_path / "own.yaml", own)
+    source = tree("1.5-5B-I2V").path / "transformer"
+    convert(Request(source=source, target=tmp_path / "d", to="diffusers", base=[base], check="none"))
+    lines = convert(Request(source=tmp_path / "d", target=tmp_path / "s", to="sat", check="none"))
+    assert load_config([tmp_path / "s" / "model.yaml"])["model"].get("image_scaling") == own
+    assert any(f"image_scaling: {own}" in line for line in lines) == (own is not None)
+
+
+def test_diffusers_own_folder_of_1_5_divides_and_says_so(folder: Folders, tmp_path: Path) -> None:
+    shutil.copytree(folder("1.5-5B-I2V"), tmp_path / "d", ignore=shutil.ignore_patterns(LEFTOVERS))
+    lines = convert(Request(source=tmp_path / "d", target=tmp_path / "s", to="sat", check="none"))
+    assert load_config([tmp_path / "s" / "model.yaml"])["model"]["image_scaling"] == "divide"
+    assert "the image's latents are scaled with image_scaling: divide; the released configuration says none" in lines
+
+
+def test_a_tree_of_released_size_keeps_what_its_run_changed(
+    tree: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model stands for the released one: its own YAML is the released one, of which a run changed two keys."""
+    form = "1.5-5B-I2V"
+    monkeypatch.setattr(presets.TransformerKind, "has_released_size", True)
+    released = PRESET_OF[form].config
+    for module in ("sat.convert.run", "sat.training.preset"):
+        monkeypatch.setattr(f"{module}.CONFIGS", tmp_path)
+    write_yaml(tmp_path / released, yaml.safe_load(tree(form).yaml.read_text())["model"])
+    plain = Request(source=tree(form).path, target=tmp_path / "a", to="sat", base=[tmp_path / released], check="none")
+    convert(plain)
+    assert not (tmp_path / "a" / "model.yaml").exists()
+    changed = scaled_yaml(tree, tmp_path / "changed.yaml", "multiply")
+    lines = convert(replace(plain, target=tmp_path / "b", base=[changed]))
+    assert any(f"not as {released} in image_scaling: {tmp_path / 'b'}" in line for line in lines)
+    config = load_run_config([], [f"args.load={tmp_path / 'b' / 'transformer'}"])
+    assert config["model"]["image_scaling"] == "multiply"
+    assert "image_scaling" not in load_run_config([], [f"args.load={tmp_path / 'a' / 'transformer'}"])["model"]
+    assert survey(tmp_path / "b").config == str(tmp_path / "b" / "model.yaml")
+
+
 def test_a_large_model_runs_two_layers(tree: Trees, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "AUTO_NUMBERS", 1)
     monkeypatch.setattr(checking, "AUTO_LAYERS", 1)
@@ -338,7 +386,8 @@ def test_a_run_with_adapters_gives_a_file_of_them_which_comes_back(lora_run: Pat
     file = tmp_path / "lora.safetensors"
     lines = convert(Request(source=lora_run, target=file, to=to))
     assert "adapters on 8 modules, rank 4, scale alpha / rank = 0.5" in lines
-    assert lines[-1].endswith("largest difference 0.0e+00")
+    assert lines[-2].endswith("largest difference 0.0e+00")
+    assert "our transformer and diffusers' with the adapters loaded, 8 of 8 modules" in lines[-1]
     convert(Request(source=file, target=tmp_path / "back.safetensors", to="sat"))
     expected = {
         name.removeprefix(PREFIX): value for name, value in load_weights(lora_run).items() if ".matrix_" in name

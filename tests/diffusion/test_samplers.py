@@ -10,7 +10,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor
 
-from sat.config import instantiate_from_config
+from sat.config import instantiate_from_config, resolve_target
 from sat.diffusion.guidance import DynamicCFG, IdentityGuider, VanillaCFG
 from sat.diffusion.samplers import (
     Step,
@@ -398,3 +398,9 @@ def test_contradicting_numbers_of_steps_are_refused() -> None:
         VideoDDIMSampler(25, ZeroSNRDDPMDiscretization(), DynamicCFG(6, 5, 50))
     with pytest.raises(ConfigError, match="num_steps is 0; give 1 or more"):
         VideoDDIMSampler(0, ZeroSNRDDPMDiscretization(), IdentityGuider())
+
+
+def test_the_released_image_to_video_sampler_is_ddim() -> None:
+    """A name that files may hold, though the released pipeline cannot call it."""
+    name = "sgm.modules.diffusionmodules.sampling.Image2VideoDDIMSampler"
+    assert resolve_target(name) is VideoDDIMSampler

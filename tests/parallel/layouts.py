@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sat.mpu.shards import cut_state, shard_rules
 from sat.mpu.state import ContextMode, ParallelState, choose_ulysses, set_parallel_state
+from tests.cogvideox.tiny import HEADS
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Layout:
     tp: int = 1
     mode: ContextMode = "auto"
     sp: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of the tiny networks: three, which few numbers divide, or one for each rank."""
+        return max(HEADS, self.tp)
 
     @property
     def world(self) -> int:
@@ -52,6 +58,10 @@ LAYOUTS = {
     "DP2xTP2": Layout(dp=2, tp=2),
     "DP2xCP2": Layout(dp=2, cp=2),
 }
+
+
+WIDE = {"TP4": Layout(tp=4), "TP4+SP": Layout(tp=4, sp=True)}
+"""Layouts of more tensor-parallel ranks than LAYOUTS' networks have heads: these have four."""
 
 
 def rest_is_slow(values: Iterable[Any], default: Iterable[Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """The video transformer on every layout against one process: output and the gradient of every parameter."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from sat.model.activations import Activations
 from sat.mpu.gradients import sum_partial_gradients
 from sat.mpu.shards import cut_state, shard_rules
 from sat.mpu.state import ParallelState
-from tests.cogvideox.tiny import HEADS, build, make_inputs
+from tests.cogvideox.tiny import HEAD_DIM, HEADS, build, make_inputs
 from tests.parallel.layouts import (
     LAYOUTS,
+    WIDE,
     Layout,
     gradients,
     load_own_part,
@@ -39,8 +41,8 @@ def loss_of(network: torch.nn.Module, inputs: dict[str, Tensor], keep: slice) ->
     """Output, and a loss whose gradient differs from place to place, of some samples; mean over samples."""
     output = network(**{name: value[keep] for name, value in inputs.items()})
     generator = torch.Generator().manual_seed(5)
-    target = torch.randn(len(inputs["x"]), *output.shape[1:], generator=generator, dtype=output.dtype)[keep]
-    return output, (output - target).square().flatten(1).mean(dim=1).mean()
+    target = torch.randn(len(inputs["x"]), *output.shape[1:], generator=generator, dtype=torch.float64)[keep]
+    return output, (output - target.to(output.dtype)).square().flatten(1).mean(dim=1).mean()
 
 
 def own_samples(batch: int, parallel: ParallelState) -> slice:
@@ -111,6 +113,14 @@ def test_output_and_gradients_are_those_of_one_process(layout: Layout, size: str
     check(run(layout, "5B", size, torch.float64), 1e-10)
 
 
+@pytest.mark.parametrize("heads", [4, 6])
+@pytest.mark.parametrize("name", rest_is_slow(WIDE, ("TP4+SP",)))
+def test_four_tensor_parallel_ranks(name: str, heads: int) -> None:
+    """A head each, or two for some and one for the others."""
+    widths = {"hidden_size": HEAD_DIM * heads, "num_attention_heads": heads}
+    check(run(WIDE[name], "5B", "awkward", torch.float64, **widths), 1e-10)
+
+
 EVERYWHERE = {"r": 4, "targets": ["qkv", "dense", "mlp"]}
 LORA = {"lora_config": {"target": "sat.model.finetune.lora2.LoraMixin", "params": EVERYWHERE}}
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -171,22 +181,40 @@ def test_any_size(name: str, size: dict[str, int]) -> None:
         check(result, 1e-10)
 
 
-def compare_bf16(rank: int, layout: Layout) -> tuple[float, float]:
-    """Mean error of the output in bf16 against fp32: of one process, and of a layout."""
+def distance(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    """Root mean square difference of all gradients."""
+    squares = [(value.float() - exact[name]).square() for name, value in own.items() if name != NOT_COMPARED]
+    return float(torch.cat([square.flatten() for square in squares]).mean().sqrt())
+
+
+def compare_bf16(rank: int, layout: Layout) -> dict[str, tuple[float, float]]:
+    """Error in bf16 against fp32, of output and gradients: (of one process, of a layout)."""
     inputs = make_inputs("5B", **SIZES["kind"])
-    whole = build("5B")
     low = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
-    with torch.no_grad():
-        exact = whole(**inputs)
-        alone = whole.to(torch.bfloat16)(**low).float()
-        with parallel_state(layout.build(HEADS)) as parallel:
-            network = build("5B", seed=9).to(torch.bfloat16)
-            load_own_part(network, whole.state_dict(), parallel)
-            shared = network(**low).float()
-    return float((alone - exact).abs().mean()), float((shared - exact).abs().mean())
+    whole, alone = build("5B"), build("5B").to(torch.bfloat16)
+    exact, loss = loss_of(whole, inputs, slice(None))
+    loss.backward()
+    single, loss = loss_of(alone, low, slice(None))
+    loss.backward()
+    with parallel_state(layout.build(HEADS)) as parallel:
+        network = build("5B", seed=9).to(torch.bfloat16)
+        load_own_part(network, alone.state_dict(), parallel)
+        sum_partial_gradients(network, parallel)
+        shared, loss = loss_of(network, low, slice(None))
+        loss.backward()
+        own = {name: mean_over_replicas(value.float(), parallel) for name, value in gradients(network).items()}
+    rules = shard_rules(network)
+    expected, of_one = (
+        cut_state(gradients(one), rules, parallel.rank("tp"), parallel.size("tp")) for one in (whole, alone)
+    )
+    return {
+        "output": tuple(float((one.float() - exact).detach().abs().mean()) for one in (single, shared)),
+        "gradients": (distance(of_one, expected), distance(own, expected)),
+    }
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_bf16_is_as_good_as_that_of_one_process(name: str) -> None:
-    for alone, shared in run_ranks(compare_bf16, LAYOUTS[name].world, LAYOUTS[name]):
-        assert shared < 2 * alone
+    for found in run_ranks(compare_bf16, LAYOUTS[name].world, LAYOUTS[name]):
+        for what, (alone, shared) in found.items():
+            assert shared < 2 * alone, what  # measured worst: 1.04 times, of gradients

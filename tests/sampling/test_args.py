@@ -76,6 +76,10 @@ def test_released_files_of_1_5_are_not_sampled_at_the_size_of_their_tables() -> 
         ),
         (RELEASED_1_5, ["args.sampling_image_size=[1360, 768]", "args.sampling_num_frames=22"], False),
         (RELEASED_1_5, ["args.sampling_image_size=[768, 768]", "args.sampling_num_frames=22"], False),
+        (RELEASED_1_5, ["args.sampling_image_size=[256, 256]", "args.num_frames=81"], True),
+        (RELEASED_1_5, ["args.sampling_image_size=[768, 1360]", "args.num_frames=5"], True),
+        (RELEASED_1_5, ["args.sampling_image_size=[768, 1360]", "args.num_frames=21"], False),
+        (RELEASED_5B, ["args.num_frames=9"], True),
         (RELEASED_1_5, ["args.sampling_image_size=[768, 1376]", "args.sampling_num_frames=22"], True),
         (RELEASED_1_5, ["args.sampling_image_size=[768, 1360]", "args.num_frames=85"], True),
     ],
@@ -90,6 +94,11 @@ def test_the_warning_says_both_sizes() -> None:
     config = load_config(RELEASED_5B, ["args.sampling_image_size=[720, 480]"])
     assert size_warning(config, sampling_sizes(config, sample_args(config))) == (
         "49 frames of 720x480 are asked for, and the model was trained on 49 of 480x720: they may look worse"
+    )
+    config = load_config(RELEASED_1_5, ["args.sampling_image_size=[256, 256]"])
+    assert size_warning(config, sampling_sizes(config, sample_args(config))) == (
+        "81 frames of 256x256 are asked for, and the model was trained on 81 of 768x1360, or of other aspect ratios "
+        "with that short side: they may look worse"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sat.cogvideox.engine import NETWORK_PREFIX, build_engine
@@ -84,6 +84,23 @@ def test_a_video_has_the_aspect_ratio_of_its_image(model: Model) -> None:
     assert shapes == [(4, 4), (6, 4), (4, 6)]
     fixed = model.latents(lines, "args.sampling_image_size=[32, 48]")
     assert {tuple(latents.shape[2:]) for latents in fixed} == {(4, 6)}
+
+
+def test_noise_and_prefix_are_of_the_size_of_each_video(model: Model, tmp_path: Path) -> None:
+    words = ("args.sampling_image_size=null", "data={params: {video_size: [32, 48], max_num_frames: 9}}")
+    line = f"a shape@@{model.folder / '1.png'}"  # portrait
+    noise = torch.randn(3, 16, 6, 4, generator=torch.Generator().manual_seed(1))
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    first, again = (model.latents([line], *words, f"args.initial_noise={tmp_path / 'noise.safetensors'}") for _ in "ab")
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], model.latents([line], *words)[0])
+    with pytest.raises(DataError, match=r"'noise' .* is \(3, 16, 6, 4\), the sample is \(3, 16, 4, 6\)"):
+        model.latents(
+            [f"a shape@@{model.folder / '2.png'}"], *words, f"args.initial_noise={tmp_path / 'noise.safetensors'}"
+        )
+    save_file({"latents": noise[:1]}, tmp_path / "prefix.safetensors")
+    fixed = ("model.sampler_config.params.fixed_frames=1", f"args.prefix={tmp_path / 'prefix.safetensors'}")
+    (continued,) = model.latents([line], *words, *fixed)
+    assert torch.equal(continued[0], noise[0])
 
 
 def test_a_model_with_a_table_of_positions_keeps_its_size(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from sat.cogvideox.output import to_frames
 from sat.conditioning.text import FrozenT5Embedder
 from sat.config import load_config
 from sat.data.video import probe, read_metadata, write_mp4
-from sat.errors import CheckpointError, ConfigError, SamplingError
+from sat.errors import CheckpointError, CommunicationError, ConfigError, SamplingError
 from sat.sampling import run as sampling_run
-from sat.sampling.run import _batched, sample
+from sat.sampling.args import sample_args
+from sat.sampling.run import _batched, sample, wait_minutes
 from tests.sampling.conftest import CAPTIONS, Trained
 from tests.tiny import ROOT
 
@@ -112,6 +113,26 @@ def test_reuse_says_what_it_did_and_leaves_its_mark(
     else:
         assert "0 of 5 passes" in line
         assert torch.equal(latents_of(path), reference[0])
+
+
+# --- ranks that do not hear from each other ---------------------------------------------------------------------------
+
+
+def test_a_collective_that_fails_ends_with_rank_and_step(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Path:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(sampling_run.SamplingRun, "_write", broken)
+    with pytest.raises(CommunicationError, match=r"(?s)a collective failed at rank 0.*, step 4, .*closed by peer"):
+        sample_latents(trained, tmp_path, prompts=CAPTIONS[:1])
+
+
+@pytest.mark.parametrize("word", ["model_parallel_size=2", "context_parallel_size=2", "guidance_parallel=true"])
+def test_processes_that_share_a_video_wait_for_each_other_less_long(trained: Trained, word: str) -> None:
+    alone, together = (sample_args(trained.config(*words)) for words in ((), (f"args.{word}",)))
+    assert wait_minutes(together) == 60 < wait_minutes(alone)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

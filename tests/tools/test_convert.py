@@ -52,6 +52,16 @@ def test_wrong_options_are_refused(words: list[str], capsys: pytest.CaptureFixtu
     assert any(text in message for text in ("invalid choice: 'onnx'", "neither a number of layers", "required: --to"))
 
 
+@pytest.mark.parametrize(
+    "words", [["--merge-lora", "a", "b"], ["a", "--merge-lora", "b"], ["--base", "x.yaml", "a", "b"]]
+)
+def test_an_option_that_took_a_place_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([*words, "--to", "sat"])
+    option = next(word for word in words if word.startswith("--"))
+    assert f"{option} takes the words after it: put SRC and DST first" in capsys.readouterr().err
+
+
 def test_help_is_there_at_once() -> None:
     done = run("--help")
     assert done.returncode == 0

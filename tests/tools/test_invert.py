@@ -4,7 +4,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -14,6 +16,7 @@ from sat.config import load_config
 from sat.data.synthetic import SyntheticImages
 from sat.data.video import write_png
 from tests.tiny import ROOT
+from tools import invert
 
 CONFIG = ROOT / "configs" / "cogview3plus_tiny.yaml"
 
@@ -35,3 +38,18 @@ def test_a_picture_becomes_noise(tmp_path: Path) -> None:
         assert file.get_tensor("noise").shape == (1, 16, 8, 8)
         assert file.metadata() == {"prompt": "a red disc", "clip": str(tmp_path / "a.png"), "steps": "10"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "noise.safetensors", "w.pt"]
+
+
+def test_a_collective_that_fails_ends_with_its_rank(
+    fresh_log: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(invert, "SamplingRun", broken)
+    monkeypatch.setattr(invert, "prepare_environment", lambda: None)
+    words = ["a.png", "--base", str(CONFIG), "--prompt", "a", "--out", str(tmp_path / "noise.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["invert.py", *words])
+    with pytest.raises(SystemExit):
+        invert.main()
+    assert "error: a collective failed at rank 0" in capfd.readouterr().err

@@ -363,3 +363,14 @@ def test_what_a_killed_writer_left_goes_after_a_day(fill: Callable[..., dict[str
     os.utime(old, (1, time.time() - 100_000))
     fill()
     assert young.exists() and not old.exists()
+
+
+def test_a_collective_that_fails_ends_with_its_rank(
+    fill: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr("tools.precompute.fill_stage", broken)
+    report = fill()
+    assert report["code"] == 2 and "error: a collective failed at rank 0" in report["log"]

@@ -132,6 +132,17 @@ def test_released_folders_and_averages_have_no_plain_number(tmp_path: Path) -> N
             lambda folder: (folder / "latest").write_text("7") and folder,
             r"holds no whole checkpoint: iteration 7 is not whole \(there is no such folder\)",
         ),
+        (
+            lambda folder: (folder / "model_index.json").write_text("{}") and folder,
+            r"nor 'latest'.*a diffusers folder: convert it with `python tools/convert.py (\S+) (\S+)-sat --to sat` and "
+            r"give \2-sat/transformer",
+        ),
+        (
+            lambda folder: (
+                (folder / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}') and folder
+            ),
+            "a diffusers folder: convert it with",
+        ),
         (lambda folder: (folder / "a.txt").write_text("7") and folder, r"nor 'latest'; it holds a.txt"),
     ],
 )

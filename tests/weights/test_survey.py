@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sat.compat.comfy_names import comfy_from_diffusers
 from sat.compat.diffusers_names import dit_to_diffusers, vae_to_diffusers
 from sat.errors import CheckpointError
 from sat.weights.survey import survey
@@ -128,9 +129,11 @@ def test_a_vae_a_text_encoder_and_adapters_are_named(tmp_path):
     lora = {"transformer.layers.0.attention.dense.matrix_A.0": torch.zeros(4, 8)}
     save_file(lora, tmp_path / "lora.safetensors")
     assert survey(tmp_path / "lora.safetensors").facts[-1] == "LoRA of rank 4 on 1 modules"
+    lora["transformer.layers.0.attention.dense.matrix_B.0"] = torch.zeros(8, 4)
     save_file(lora, tmp_path / "lora.safetensors", metadata={"alpha": "2.5", "base_model": "CogVideoX-5B"})
-    own = survey(tmp_path / "lora.safetensors").facts[-1]
-    assert own == "LoRA of rank 4 on 1 modules, alpha 2.5, base_model CogVideoX-5B"
+    finding = survey(tmp_path / "lora.safetensors")
+    assert finding.facts[-2:] == ["LoRA of rank 4 on 1 modules, alpha 2.5, base_model CogVideoX-5B", "for CogVideoX-5B"]
+    assert finding.config == "configs/cogvideox_5b.yaml" and not finding.problems()
     peft = {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(16, 8)}
     save_file(peft, tmp_path / "peft.safetensors")
     finding = survey(tmp_path / "peft.safetensors")
@@ -315,6 +318,73 @@ def test_a_checkpoint_that_is_not_as_its_manifest_says_is_told(tmp_path):
     assert survey(tmp_path).problem == "optimizer_rank_00000.safetensors is missing, which its manifest.json lists"
     (tmp_path / "20" / "optimizer_rank_00000.safetensors").write_bytes(b"12")
     assert survey(tmp_path).problem == "optimizer_rank_00000.safetensors has 2 bytes; its manifest.json says 3"
+
+
+def comfy_file(folder: Path, form: str, without: str = " ") -> Path:
+    theirs = dit_to_diffusers(network(form).state_dict(), PRESET_OF[form].patch_size, form == "5B-I2V")
+    state = {name: value.contiguous() for name, value in comfy_from_diffusers(theirs).items() if without not in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / f"{form}.safetensors")
+    return folder / f"{form}.safetensors"
+
+
+def test_a_folder_for_comfyui_is_named_by_its_transformer(tmp_path):
+    comfy_file(tmp_path / "diffusion_models", "1.5-5B")
+    theirs = {name: value.contiguous() for name, value in vae_to_diffusers(vae_state(), 4).items()}
+    (tmp_path / "vae").mkdir()
+    save_file(theirs, tmp_path / "vae" / "v.safetensors")
+    finding = survey(tmp_path)
+    form = "a transformer in the form of CogVideoX1.5-5B under ComfyUI's names"
+    assert finding.what == f"{form}, in a folder for ComfyUI" and not finding.problems()
+    assert [part.what for part in finding.parts] == [form, "diffusers CogVideoX VAE"]
+
+
+@pytest.mark.parametrize("without", ["blocks.1.q.", "proj_out.", "patch_embed.text_proj."])
+def test_a_transformer_for_comfyui_that_lacks_weights_is_told(tmp_path, without):
+    problem = survey(comfy_file(tmp_path, "1.5-5B", without)).problem
+    assert problem is not None and problem.startswith("it lacks ") and "under diffusers' names" in problem
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_half_a_diffusers_vae_is_told(tmp_path, half):
+    theirs = {k: v.contiguous() for k, v in vae_to_diffusers(vae_state(), 4).items() if not k.startswith(half)}
+    save_file(theirs, tmp_path / "v.safetensors")
+    assert survey(tmp_path / "v.safetensors").problem.startswith(
+        f"it lacks {half}.conv_in.conv.weight, {half}.conv_out"
+    )
+
+
+DENSE = "transformer.layers.0.attention.dense"
+TO_Q = "transformer.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata", "message"),
+    [
+        ((f"{DENSE}.matrix_A.0",), {"alpha": "1"}, rf"it lacks {DENSE}\.matrix_B\.0: an adapter has two matrices"),
+        ((f"{DENSE}.matrix_A.0", f"{DENSE}.matrix_B.0"), {}, r"does not say its alpha.*--lora-alpha X writes it in"),
+        ((f"{DENSE}.matrix_A.0", f"{DENSE}.matrix_B.0"), {"alpha": "1"}, None),
+        ((f"{TO_Q}.lora_B.weight",), {}, rf"it lacks {TO_Q}\.lora_A\.weight"),
+        ((f"{TO_Q}.lora_A.weight", f"{TO_Q}.lora_B.weight"), {}, None),
+        (("lora_unet_blocks_0_q.lora_down.weight", "lora_unet_blocks_0_q.lora_up.weight"), {}, None),
+    ],
+)
+def test_adapters_that_cannot_be_used_are_told_and_what_they_are_for(tmp_path, names, metadata, message):
+    """For CogVideoX-2B by their width, where the file does not say it."""
+    down = [re.search("_A|down", name) for name in names]
+    state = {name: torch.zeros(4, 1920) if is_down else torch.zeros(1920, 4) for name, is_down in zip(names, down)}
+    save_file(state, tmp_path / "lora.safetensors", metadata)
+    finding = survey(tmp_path / "lora.safetensors")
+    assert finding.problem is None if message is None else re.search(message, finding.problem)
+    if len(names) == 2:
+        assert finding.config == "configs/cogvideox_2b.yaml" and finding.facts[-1] == "for CogVideoX-2B"
+
+
+def test_adapters_of_the_5b_models_may_be_for_each_of_them(tmp_path):
+    halves = {f"{DENSE}.matrix_A.0": torch.zeros(4, 3072), f"{DENSE}.matrix_B.0": torch.zeros(3072, 4)}
+    save_file(halves, tmp_path / "lora.safetensors", {"alpha": "1"})
+    finding = survey(tmp_path / "lora.safetensors")
+    assert "CogVideoX-5B or CogVideoX-5B-I2V or CogVideoX1.5-5B" in finding.facts[-1] and finding.preset is None
 
 
 def test_folders_without_weights_are_told(tmp_path):

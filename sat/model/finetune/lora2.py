@@ -213,6 +213,8 @@ class LoraMixin(BaseMixin):
                     f"lora targets has '{target}'{did_you_mean(target, TARGETS)}; give {', '.join(TARGETS)}"
                 )
         self.layer_range = list(range(layer_num)) if layer_range is None else list(layer_range)
+        if not self.layer_range:
+            raise ConfigError("lora layer_range is empty, so nothing would be adapted; leave it out for all layers")
         outside = [number for number in self.layer_range if not 0 <= number < layer_num]
         if outside:
             raise ConfigError(f"lora layer_range has {outside}; the model's layers are 0 to {layer_num - 1}")
@@ -231,8 +233,13 @@ class LoraMixin(BaseMixin):
                     yield f"layers.{index}.{projection}"
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
-        adapter = Adapter(0, self.r, self.lora_alpha / self.r)
-        for name in self._projections():
+        adapter, names = Adapter(0, self.r, self.lora_alpha / self.r), list(self._projections())
+        if not names:
+            raise ConfigError(
+                f"lora targets are {', '.join(self.targets)}, and no layer has them; give some of {', '.join(TARGETS)} "
+                "that the model has"
+            )
+        for name in names:
             wrap(self.transformer, name, [adapter], self.lora_dropout)
 
     def merge_lora(self) -> None:

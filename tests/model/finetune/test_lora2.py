@@ -107,9 +107,15 @@ def test_adapters_side_by_side_are_the_sum_of_each() -> None:
         ({"r": 0}, "lora rank r is 0; give 1 or more"),
         ({"r": 4, "targets": ["qvk"]}, "lora targets has 'qvk'; did you mean 'qkv'.; give qkv, dense, mlp, cross"),
         ({"r": 4, "layer_range": [1, 2]}, r"lora layer_range has \[2\]; the model's layers are 0 to 1"),
+        ({"r": 4, "layer_range": []}, "lora layer_range is empty, so nothing would be adapted; leave it out"),
         ({"r": 4, "qlora": True}, "qlora .4-bit base weights. is not supported"),
     ],
 )
 def test_what_makes_no_adapter_is_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoraMixin(layer_num=2, **params)
+
+
+def test_targets_that_no_layer_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="lora targets are cross_attention, and no layer has them; give some of qkv"):
+        build("5B", **lora(targets=["cross_attention"]))
