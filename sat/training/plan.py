@@ -29,13 +29,10 @@ class PlanArgs:
     """A clip longer than a row loses frames at its end, or is left out, as one whose first frame does not fit is."""
     loss: Literal["sample", "token"] = "sample"
     """Average the loss over samples, or over tokens."""
-    balance: int = 8
-    """So many rows of about equal cost come together: as many data-parallel ranks then have equal work."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "balance"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.params: {name} is {getattr(self, name)}; give 1 or more")
+        if self.max_tokens < 1:
+            raise ConfigError(f"data.params: max_tokens is {self.max_tokens}; give 1 or more")
 
 
 def take_plan(data: ConfigNode) -> tuple[ConfigNode, str | None, PlanArgs | None]:
@@ -137,7 +134,7 @@ class RowPlan:
         self.limits.update({index: size[0] for (index, size), is_cut in zip(kept, cut) if is_cut})
         lengths = [count(size) for size in self.sizes]
         order = make_order(self.indices, lengths)
-        options = (args.max_tokens, rows_per_step, order, CostModel(hidden_size), args.balance)
+        options = (args.max_tokens, rows_per_step, order, CostModel(hidden_size))
         self.planner: Planner
         if self.packed:
             self.planner = PackingPlanner(lengths, *options)
