@@ -36,8 +36,9 @@ class SFTDataset(Dataset):
         aspect ratio at the area of video_size, sides multiples of 16; `native` does so for clips of a larger area and
         leaves smaller ones at their own size, for rows of mixed resolutions.
     short_clips: `pad` repeats the last frame up to max_num_frames, as released; `keep` gives only real frames, the
-        largest 4k + 1 of them where there are fewer than max_num_frames; `drop` leaves out clips that do not last for
-        max_num_frames at fps after skipping at both ends.
+        largest 4k + 1 of them where there are fewer than max_num_frames, and is what a run that plans rows asks for
+        where its section says nothing; `drop` leaves out clips that do not last for max_num_frames at fps after
+        skipping at both ends.
     missing_caption: `error`, or `empty` for an empty text.
     caption_key: which key of a manifest's rows, or member or JSON key of a shard, is the caption.
     root: the folder in which the clips of a manifest lie, by default its own.

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from sat.config import ConfigNode, build_dataclass
+from sat.config import ConfigNode, build_dataclass, target_of
+from sat.data.dataset import SFTDataset
 from sat.data.loader import PlannedPlace
 from sat.data.mixture import Numbers
 from sat.data.packing import BucketPlanner, CostModel, PackingPlanner, PlannedStep, Planner, Row
@@ -35,15 +36,55 @@ class PlanArgs:
             raise ConfigError(f"data.params: max_tokens is {self.max_tokens}; give 1 or more")
 
 
+VALID_SETS = "valid_sets"
+"""The parameter of a mixture that names the sets of validation."""
+
+
 def take_plan(data: ConfigNode) -> tuple[ConfigNode, str | None, PlanArgs | None]:
-    """The data section without `pack` and `bucket`, which of the two was there, and what it says."""
+    """The data section without `pack` and `bucket`, which of the two was there, and what it says.
+
+    With either, a dataset of ours keeps short clips as they are, images as one frame, unless the section says what
+    becomes of them: rows have room for any length.
+    """
     params = data.get("params") or {}
     wanted = [name for name in PLANS if params.get(name) is not None]
     if len(wanted) > 1:
         raise ConfigError("data.params has both pack and bucket; choose one")
     if not wanted:
         return without_params(data, PLANS), None, None
-    return without_params(data, PLANS), wanted[0], build_dataclass(PlanArgs, params[wanted[0]])
+    section = without_params(data, PLANS)
+    return _with_short_clips_kept(section), wanted[0], build_dataclass(PlanArgs, params[wanted[0]])
+
+
+def nodes_of(data: ConfigNode) -> list[ConfigNode]:
+    """The data section and, of a mixture, the sections of its sets: those that name a target."""
+    params = data.get("params") or {}
+    groups = [group for name in ("sets", VALID_SETS) if isinstance(group := params.get(name), Mapping)]
+    found = [data, *(node for group in groups for node in group.values())]
+    return [node for node in found if isinstance(node, ConfigNode) and "target" in node]
+
+
+def _with_short_clips_kept(data: ConfigNode) -> ConfigNode:
+    """The section with `short_clips: keep` for each SFTDataset in it that says nothing of them."""
+    params = data.get("params")
+    if not isinstance(params, ConfigNode) or "target" not in data:
+        return data
+    own: dict[str, Any] = {}
+    if target_of(data) is SFTDataset and "short_clips" not in params:
+        own["short_clips"] = "keep"
+    for name in ("sets", VALID_SETS):
+        if isinstance(sets := params.get(name), ConfigNode):
+            nodes = {key: node for key, node in sets.items() if isinstance(node, ConfigNode)}
+            own[name] = _with(sets, {key: _with_short_clips_kept(node) for key, node in nodes.items()})
+    return _with(data, {"params": _with(params, own)})
+
+
+def _with(node: ConfigNode, values: Mapping[str, Any]) -> ConfigNode:
+    """A copy with other values."""
+    result = ConfigNode(node.path)
+    result.update({**node, **values})
+    result.origins.update(node.origins)
+    return result
 
 
 def without_params(data: ConfigNode, names: Sequence[str]) -> ConfigNode:
@@ -51,13 +92,10 @@ def without_params(data: ConfigNode, names: Sequence[str]) -> ConfigNode:
     params = data.get("params") or {}
     if not set(names) & set(params):
         return data
-    rest, inner = ConfigNode(data.path), ConfigNode(f"{data.path}.params")
-    rest.update(data)
-    rest.origins.update(data.origins)
-    inner.update({key: value for key, value in params.items() if key not in names})
-    inner.origins.update(getattr(params, "origins", {}))
-    rest["params"] = inner
-    return rest
+    rest = ConfigNode(f"{data.path}.params")
+    rest.update({key: value for key, value in params.items() if key not in names})
+    rest.origins.update(getattr(params, "origins", {}))
+    return _with(data, {"params": rest})
 
 
 LatentSize = tuple[int, int, int]
