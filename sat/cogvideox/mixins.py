@@ -109,7 +109,7 @@ class PositionTable(BaseMixin):
     def __init__(self, text_length: int, grid: Sequence[int]) -> None:
         super().__init__()
         self.text_length = text_length
-        self.grid = tuple(grid)
+        self.grid: Grid = (grid[0], grid[1], grid[2])
 
     def lookup(self, layout: TokenLayout) -> Tensor:
         """What is added to a row of tokens (1 s d)."""

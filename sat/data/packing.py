@@ -23,6 +23,8 @@ from sat.errors import DataError
 
 POOL = 1024
 """Clips that a planner looks at together. More fill rows better, and move clips further from their random place."""
+AT_A_TIME = 4096
+"""Clips whose place in the order is computed together."""
 EVEN_RANKS = 64
 """Up to so many ranks, those that divide a step's rows have about equal work."""
 GROUPS = 64
@@ -153,7 +155,7 @@ class Planner(ABC):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         max_tokens: int,
         rows_per_step: int,
         order: SampleOrder,
@@ -212,8 +214,8 @@ class Planner(ABC):
         """The rows of one epoch: each of its samples once."""
         first = epoch * self.order.epoch_size
         for members in self._members(range(first, first + self.order.epoch_size)):
-            lengths = [int(self.lengths[index]) for _, index in members]
             counters, indices = zip(*members)
+            lengths = self.lengths[list(indices)].tolist()
             yield Row(counters, indices, sum(lengths), self.cost(lengths))
 
     @abstractmethod
@@ -222,9 +224,10 @@ class Planner(ABC):
 
     def _coming(self, counters: range) -> Iterator[tuple[Sample, int]]:
         """Each sample and its length, in order."""
-        for counter in counters:
-            index = self.order[counter]
-            yield (counter, index), int(self.lengths[index])
+        for first in range(counters.start, counters.stop, AT_A_TIME):
+            part = range(first, min(first + AT_A_TIME, counters.stop))
+            indices = self.order.clips(part)
+            yield from zip(zip(part, indices), self.lengths[indices].tolist())
 
 
 class PackingPlanner(Planner):
@@ -257,15 +260,15 @@ class BucketPlanner(Planner):
     shapes: the size of each clip, equal for clips that may share a row.
     """
 
-    def __init__(self, lengths: Sequence[int], shapes: Sequence[Any], *args: Any) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, shapes: Sequence[Any] | np.ndarray, *args: Any) -> None:
         super().__init__(lengths, *args)
-        names: dict[Any, int] = {}
-        self._buckets = [names.setdefault(shape, len(names)) for shape in shapes]
+        _, buckets = np.unique(np.asarray(shapes), axis=0, return_inverse=True)
+        self._buckets = buckets.reshape(-1)
 
     def _members(self, counters: range) -> Iterator[list[Sample]]:
         waiting: dict[int, list[Sample]] = {}
         for sample, length in self._coming(counters):
-            bucket = waiting.setdefault(self._buckets[sample[1]], [])
+            bucket = waiting.setdefault(int(self._buckets[sample[1]]), [])
             bucket.append(sample)
             if (len(bucket) + 1) * length > self.max_tokens:
                 yield list(bucket)

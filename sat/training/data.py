@@ -159,7 +159,7 @@ class TrainingData:
             steps_of_epoch = self.plan.steps_of_epoch() if args.epochs else 0.0
         else:
             if isinstance(self.dataset, Mixture) and self.dataset.weights_by == "tokens":
-                self.lengths = list(map(TokenCount.of_config(config), latent_sizes(self.dataset)))
+                self.lengths = TokenCount.of_config(config)(latent_sizes(self.dataset))
             self.order = self._make_order(range(self.num_samples), self.lengths)
             steps_of_epoch = self.order.epoch_size / global_batch_size
         self.total_steps = args.train_iters or math.ceil((args.epochs or 0) * steps_of_epoch)

@@ -1,7 +1,7 @@
 """Whether weights fit the network of a configuration, asked before either takes memory."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def check_model(
     checkpoint: CheckpointPath,
     may_miss: Callable[[str], bool],
     from_text_to_video: bool = False,
-    former: Mapping[str, Any] | None = None,
+    former: ConfigNode | None = None,
 ) -> None:
     """Compare the weights' names and shapes with the network that the configuration builds, before either takes memory.
 
@@ -64,7 +64,7 @@ def build_on_meta(node: ConfigNode) -> Any:
         return None
 
 
-def changes_from(former: Mapping[str, Any] | None, network: Any) -> dict[str, TableChange]:
+def changes_from(former: ConfigNode | None, network: Any) -> dict[str, TableChange]:
     """What of a network's position tables is stored otherwise in weights that were trained with `former`."""
     old = build_on_meta(former) if former is not None else None
     return {} if old is None else table_changes(network, old)

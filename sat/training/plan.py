@@ -98,21 +98,17 @@ def without_params(data: ConfigNode, names: Sequence[str]) -> ConfigNode:
     return _with(data, {"params": rest})
 
 
-LatentSize = tuple[int, int, int]
-"""Latent frames, rows and columns of a clip."""
-
-
-def latent_sizes(dataset: Any) -> list[LatentSize]:
-    """The size of every clip, without reading any."""
+def latent_sizes(dataset: Any) -> np.ndarray:
+    """Latent frames, rows and columns of every clip, int64 (clips, 3), without reading any."""
     if isinstance(dataset, ConcatDataset):
-        return [size for part in dataset.datasets for size in latent_sizes(part)]
+        return np.concatenate([latent_sizes(part) for part in dataset.datasets])
     sizes = getattr(dataset, "latent_sizes", None)
     if sizes is None:
         raise ConfigError(
             f"{type(dataset).__name__} does not say how large its clips are, so rows cannot be planned: it needs a "
             "method latent_sizes() -> [(frames, rows, columns)], or leave data.params.pack out"
         )
-    return sizes()
+    return np.asarray(sizes(), dtype=np.int64).reshape(-1, 3)
 
 
 @dataclass(frozen=True)
@@ -128,17 +124,22 @@ class TokenCount:
         patch = params_of(config["model"], "network_config").get("patch_size", [1, 2, 2])
         return cls((1, patch, patch) if isinstance(patch, int) else tuple(patch), text_length(config["model"]))
 
-    def __call__(self, size: LatentSize) -> int:
-        (t, h, w), (o, p, q) = size, self.patch_size
-        return self.text_length + -(-t // o) * (h // p) * (w // q)
+    def __call__(self, sizes: np.ndarray) -> np.ndarray:
+        """Of each clip; sizes: (..., 3) latent frames, rows and columns."""
+        return self.text_length + -(-sizes[..., 0] // self.patch_size[0]) * self._of_frame(sizes)
 
-    def longest(self, size: LatentSize, max_tokens: int) -> int:
-        """Most latent frames of a clip of that height and width that a row holds, at most its own."""
-        o, p, q = self.patch_size
-        per_frame = (size[1] // p) * (size[2] // q)
-        return min(size[0], (max_tokens - self.text_length) // per_frame * o) if per_frame else size[0]
+    def longest(self, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
+        """Most latent frames of clips of these heights and widths that a row holds, at most their own."""
+        per_frame = self._of_frame(sizes)
+        room = (max_tokens - self.text_length) // np.maximum(per_frame, 1) * self.patch_size[0]
+        return np.where(per_frame > 0, np.minimum(sizes[..., 0], room), sizes[..., 0])
+
+    def _of_frame(self, sizes: np.ndarray) -> np.ndarray:
+        return (sizes[..., 1] // self.patch_size[1]) * (sizes[..., 2] // self.patch_size[2])
 
 
+WHOLE = -1
+"""Of a clip that is not cut."""
 OrderMaker = Callable[[Numbers, Numbers | None], SampleOrder]
 """The clips that are kept (numbers, rising) and the tokens of each -> the order in which a run reads them."""
 
@@ -150,27 +151,27 @@ class RowPlan:
         self,
         kind: str,
         args: PlanArgs,
-        sizes: Sequence[LatentSize],
+        sizes: np.ndarray,
         count: TokenCount,
         hidden_size: int,
         rows_per_step: int,
         make_order: OrderMaker,
     ) -> None:
         self.packed, self.args, self.count = kind == "pack", args, count
-        kept, cut = _fit(sizes, args, count)
-        self.num_cut, self.num_dropped = sum(cut), len(sizes) - len(kept)
-        if not kept:
-            smallest = min(count((1, h, w)) for _, h, w in sizes)
+        frames = count.longest(sizes, args.max_tokens)
+        is_cut = frames < sizes[:, 0]
+        is_kept = (frames >= 1) & ~is_cut if args.too_long == "drop" else frames >= 1
+        self.num_cut, self.num_dropped = int((is_kept & is_cut).sum()), int((~is_kept).sum())
+        if not is_kept.any():
+            smallest = int((count(sizes * [0, 1, 1] + [1, 0, 0])).min())
             raise DataError(
                 f"max_tokens {args.max_tokens:,} holds no clip: the smallest has {smallest:,} tokens in its first "
                 f"frame; raise data.params.{kind}.max_tokens"
             )
-        self.indices = np.array([index for index, _ in kept], dtype=np.int64)
-        self.sizes = [size for _, size in kept]
-        self.limits = dict.fromkeys({*range(len(sizes))}.difference(self.indices.tolist()), 0)
-        """Latent frames of each clip that is cut, 0 of those that are left out."""
-        self.limits.update({index: size[0] for (index, size), is_cut in zip(kept, cut) if is_cut})
-        lengths = [count(size) for size in self.sizes]
+        self.indices = np.flatnonzero(is_kept)
+        self.sizes = np.column_stack([frames, sizes[:, 1:]])[is_kept]
+        self._limits = np.where(is_kept, np.where(is_cut, frames, WHOLE), 0)
+        lengths = count(self.sizes)
         order = make_order(self.indices, lengths)
         options = (args.max_tokens, rows_per_step, order, CostModel(hidden_size))
         self.planner: Planner
@@ -180,6 +181,12 @@ class RowPlan:
             self.planner = BucketPlanner(lengths, self.sizes, *options)
         self.lengths_by_index = np.full(len(sizes), np.iinfo(np.int64).max)
         self.lengths_by_index[self.indices] = lengths
+
+    @property
+    def limits(self) -> dict[int, int]:
+        """Latent frames of each clip that is cut, 0 of those that are left out."""
+        changed = np.flatnonzero(self._limits != WHOLE)
+        return dict(zip(changed.tolist(), self._limits[changed].tolist()))
 
     def summary(self) -> str:
         """One line for the log."""
@@ -198,21 +205,6 @@ class RowPlan:
     def order(self, dp_rank: int, dp_size: int, rows_per_pass: int, start_step: int, end_step: int) -> "PlannedOrder":
         """What a rank reads of the steps start_step .. end_step - 1."""
         return PlannedOrder(self, dp_rank, dp_size, rows_per_pass, start_step, end_step)
-
-
-def _fit(
-    sizes: Sequence[LatentSize], args: PlanArgs, count: TokenCount
-) -> tuple[list[tuple[int, LatentSize]], list[bool]]:
-    """(number, size as planned) of the clips that fit a row, and whether each of them was cut."""
-    kept, cut = [], []
-    for index, size in enumerate(sizes):
-        frames = count.longest(size, args.max_tokens)
-        is_cut = frames < size[0]
-        if frames < 1 or (is_cut and args.too_long == "drop"):
-            continue
-        kept.append((index, (frames, *size[1:])))
-        cut.append(is_cut)
-    return kept, cut
 
 
 class PlannedOrder:
@@ -246,7 +238,7 @@ class PlannedOrder:
                 step=number,
                 place=places[counter],
                 num_samples=step.num_samples,
-                latent_frames=self.plan.sizes[index][0],
+                latent_frames=int(self.plan.sizes[index][0]),
                 weight=float(num_passes * (lengths[index] if by_token else 1) / whole),
             )
             for row in rows

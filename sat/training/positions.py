@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sat.cogvideox.context import Grid
 from sat.cogvideox.mixins import PositionTable
-from sat.config import load_config
+from sat.config import ConfigNode, load_config
 from sat.errors import CheckpointError, ConfigError
 from sat.training.checkpoint import CheckpointPath
 from sat.training.preset import model_file
@@ -77,7 +77,7 @@ def changed(state: Mapping[str, Tensor], changes: Mapping[str, TableChange], sou
     return result
 
 
-def trained_network(checkpoint: CheckpointPath) -> Mapping[str, Any] | None:
+def trained_network(checkpoint: CheckpointPath) -> ConfigNode | None:
     """The network_config with which weights were trained: their run's, or the released one that their shapes fit.
 
     None where neither is there.

@@ -188,12 +188,13 @@ class Run:
             return None
         return open_weights(self.args.load, self.args.weights)
 
-    def _former_network(self, checkpoint: CheckpointPath | None) -> Mapping[str, Any] | None:
+    def _former_network(self, checkpoint: CheckpointPath | None) -> ConfigNode | None:
         """The network_config that the weights were trained with, where that may be another than the stage's own."""
         if self.is_new_stage:
             return self.job.stages[self.stage.number - 1].config["model"].get("network_config")
-        is_new_run = checkpoint is not None and self.start.checkpoint is None
-        return trained_network(checkpoint) if is_new_run and "network_config" in self.stage.config["model"] else None
+        if checkpoint is None or checkpoint is self.start.checkpoint or "target" in self.stage.config["model"]:
+            return None
+        return trained_network(checkpoint)
 
     def _may_miss(self, rule: Callable[[str], bool]) -> Callable[[str], bool]:
         """Which weights may be missing in what is loaded: in a new run those that the model's rule names."""
@@ -205,7 +206,7 @@ class Run:
         """Whether the weights that are loaded are to be completed; those that a run saves are complete."""
         return self.args.from_text_to_video and self.start.checkpoint is None
 
-    def _check_before_building(self, checkpoint: CheckpointPath | None, former: Mapping[str, Any] | None) -> None:
+    def _check_before_building(self, checkpoint: CheckpointPath | None, former: ConfigNode | None) -> None:
         """Stop on what can be known to be wrong before the minutes that a large model takes to build."""
         config = self.stage.config
         if checkpoint is not None:
@@ -244,7 +245,7 @@ class Run:
             self.validation.read_through(caches.complete)
         caches.free_encoders(engine, is_sampled=self.args.log_sample > 0)
 
-    def _load_weights(self, checkpoint: CheckpointPath, former: Mapping[str, Any] | None) -> None:
+    def _load_weights(self, checkpoint: CheckpointPath, former: ConfigNode | None) -> None:
         parts = [self.system.rename(part) for part in load_parts(checkpoint)]
         if self._is_from_text_to_video():
             own = self.system.trained.state_dict()

@@ -161,9 +161,9 @@ def _sizes(stage: Stage) -> dict[str, int | Sequence[int]]:
             if None not in sides:
                 found.setdefault("data.params' height and width", []).append(sides)
     data = params_of(stage.config, "data")
-    plan = next((plan for name in PLANS if (plan := data.get(name))), {})
-    if plan.get("max_tokens") is not None:
-        found["max_tokens"] = [plan["max_tokens"]]
+    budgets = [data[name].get("max_tokens") for name in PLANS if data.get(name)]
+    if budgets and budgets[0] is not None:
+        found["max_tokens"] = budgets[:1]
     return {what: max(values, key=_size) for what, values in found.items()}
 
 
