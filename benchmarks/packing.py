@@ -61,7 +61,7 @@ def one_epoch(planner: Planner) -> list[tuple[int, ...]]:
 def make_rows(sizes: Sequence[Size], args: argparse.Namespace) -> dict[str, list[tuple[int, ...]]]:
     """Each way to put the clips together: the numbers of those that share a pass."""
     lengths = [num_tokens(size, args.text) for size in sizes]
-    options = (args.max_tokens, 1, ShuffledEpochs(len(sizes), 0), CostModel(args.hidden_size), 1)
+    options = (args.max_tokens, 1, ShuffledEpochs(len(sizes), 0), CostModel(args.hidden_size))
     packed = one_epoch(PackingPlanner(lengths, *options))
     per_batch = max(1, round(len(sizes) / len(packed)))
     order = np.random.default_rng(1).permutation(len(sizes)).tolist()

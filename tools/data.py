@@ -42,8 +42,8 @@ from sat.data.video import write_png
 from sat.errors import ConfigError, DataError, DownloadError, SatError
 from sat.logs import setup_logging
 from sat.training.args import TrainArgs
-from sat.training.data import VALID_SETS, is_mixture
-from sat.training.plan import take_plan, without_params
+from sat.training.data import is_mixture
+from sat.training.plan import VALID_SETS, take_plan, without_params
 from sat.training.stages import plan_stages
 
 log = logging.getLogger("sat.data")

@@ -102,7 +102,7 @@ def sincos_table_3d(grid: Sequence[int], hidden_size: int, interpolation: Sequen
     return table.reshape(-1, table.shape[-1]).float()
 
 
-class _PositionTable(BaseMixin):
+class PositionTable(BaseMixin):
     """Additive positions stored for one grid: text rows, then the grid's."""
 
     pos_embedding: nn.Parameter
@@ -110,7 +110,7 @@ class _PositionTable(BaseMixin):
     def __init__(self, text_length: int, grid: Sequence[int]) -> None:
         super().__init__()
         self.text_length = text_length
-        self.grid = tuple(grid)
+        self.grid: Grid = (grid[0], grid[1], grid[2])
 
     def lookup(self, layout: TokenLayout) -> Tensor:
         """What is added to a row of tokens (1 s d)."""
@@ -122,19 +122,34 @@ class _PositionTable(BaseMixin):
         """Rows for one grid: the stored ones where it has the stored rows and columns, else resampled ones."""
         text, video = self.pos_embedding.split([self.text_length, math.prod(self.grid)], dim=1)
         if text_length > self.text_length:
-            raise ValueError(f"the position table holds {self.text_length} text tokens, not {text_length}")
-        if grid[1:] == self.grid[1:] and grid[0] <= self.grid[0]:
-            video = video[:, : math.prod(grid)]
-        else:
-            video = self.resample(video, grid)
-        return torch.cat([text[:, :text_length], video], dim=1)
+            raise ConfigError(
+                f"the position table holds {self.text_length} text tokens, not {text_length}; set text_length of "
+                f"pos_embed_config and max_length of the text encoder to {text_length} both, or both to less"
+            )
+        return torch.cat([text[:, :text_length], self._at(video, self.grid, grid)], dim=1)
+
+    def adapt(self, table: Tensor, grid: Grid, text_length: int) -> Tensor:
+        """A table stored for another grid and number of text tokens (1 m d), at this one's (1 s d).
+
+        By the rule of `lookup`; text tokens that are new start at zero, as all do.
+        """
+        text, video = table.split([text_length, math.prod(grid)], dim=1)
+        if text_length != self.text_length:
+            warn_once(f"positions of {text_length} text tokens are cut or filled with zeros to {self.text_length}")
+        return torch.cat([F.pad(text, (0, 0, 0, self.text_length - text_length)), self._at(video, grid, self.grid)], 1)
+
+    def _at(self, video: Tensor, stored: Grid, grid: Grid) -> Tensor:
+        """Video rows stored for one grid (1 m d), at another."""
+        if grid[1:] == stored[1:] and grid[0] <= stored[0]:
+            return video[:, : math.prod(grid)]
+        return self.resample(video, stored, grid)
 
     @abstractmethod
-    def resample(self, video: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """The table's video rows (1 m d) at another grid."""
+    def resample(self, video: Tensor, stored: Grid, grid: Grid) -> Tensor:
+        """Video rows stored for one grid (1 m d), at another that holds other places."""
 
 
-class Basic3DPositionEmbeddingMixin(_PositionTable):
+class Basic3DPositionEmbeddingMixin(PositionTable):
     """Fixed 3D sin-cos positions added to the video tokens (CogVideoX-2B). The table is stored but never trained."""
 
     replaces_position_embeddings = True
@@ -169,8 +184,8 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
     def position_embedding_forward(self, position_ids: Tensor | None, *, ctx: VideoContext) -> Tensor:
         return self.lookup(ctx.layout)  # type: ignore[arg-type]
 
-    def resample(self, video: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        warn_once(f"sin-cos positions are computed for grid {grid}; the checkpoint was trained at {self.grid}")
+    def resample(self, video: Tensor, stored: Grid, grid: Grid) -> Tensor:
+        warn_once(f"sin-cos positions are computed for grid {grid}; the checkpoint was trained at {stored}")
         key = (grid, video.device, video.dtype)
         table = self._tables.get(key)
         if table is None:
@@ -179,7 +194,7 @@ class Basic3DPositionEmbeddingMixin(_PositionTable):
         return table
 
 
-class Rotary3DPositionEmbeddingMixin(_PositionTable):
+class Rotary3DPositionEmbeddingMixin(PositionTable):
     """3D rotary positions on the video part of q and k; with learnable_pos_embed also an additive trained table.
 
     The tables follow the true grid. positions: `slice` counts from 0 in the trained unit, so that a grid larger than
@@ -241,9 +256,9 @@ class Rotary3DPositionEmbeddingMixin(_PositionTable):
     def position_embedding_forward(self, position_ids: Tensor | None, *, ctx: VideoContext) -> Tensor | None:
         return self.lookup(ctx.layout) if self.learnable_pos_embed else None  # type: ignore[arg-type]
 
-    def resample(self, video: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        warn_once(f"learned positions are interpolated from grid {self.grid} to {grid}: samples may be less sharp")
-        volume = rearrange(video, "1 (t h w) d -> 1 d t h w", t=self.grid[0], h=self.grid[1])
+    def resample(self, video: Tensor, stored: Grid, grid: Grid) -> Tensor:
+        warn_once(f"learned positions are interpolated from grid {stored} to {grid}: samples may be less sharp")
+        volume = rearrange(video, "1 (t h w) d -> 1 d t h w", t=stored[0], h=stored[1])
         volume = F.interpolate(volume.float(), size=grid, mode="trilinear", align_corners=True).to(video.dtype)
         return rearrange(volume, "1 d t h w -> 1 (t h w) d")
 

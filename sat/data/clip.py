@@ -12,6 +12,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HEADER_KEYS = ("num_frames", "fps", "height", "width", "duration")
 """Numbers that may be known of a clip."""
+NUMBERS = (int, float)
 COUNTS = ("num_frames", "height", "width")
 """Those of them that are whole."""
 
@@ -82,7 +83,7 @@ class Clip:
 
     @property
     def is_image(self) -> bool:
-        return self.path.suffix.lower() in IMAGE_SUFFIXES
+        return str(self.row["video"]).lower().endswith(IMAGE_SUFFIXES)
 
     @property
     def caption_path(self) -> Path | None:
@@ -105,8 +106,10 @@ def wrong_numbers(row: dict[str, Any]) -> str:
     """What is wrong with the HEADER_KEYS of a row, or nothing."""
     for key in HEADER_KEYS:
         value = row.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, NUMBERS) or value <= 0:
             return f"'{key}' is {value!r}; give a number above 0"
-        if key in COUNTS and value is not None and value != int(value):
+        if key in COUNTS and value != int(value):
             return f"'{key}' is {value!r}; give a whole number"
     return ""

@@ -1,6 +1,7 @@
 """Clips on disk or in shards: clip number -> pixels or latents and caption, read when asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,14 @@ from sat.cogvideox.presets import SPACE_FACTOR, TIME_FACTOR
 from sat.data.clip import Clip
 from sat.data.content import Source
 from sat.data.frames import (
-    choose_frames,
     fit_to_cover,
+    frame_range,
     frames_to_pixels,
     largest_4k_plus_1,
     next_smaller_size,
     same_area_size,
 )
-from sat.data.manifest import CAPTION_ADVICE, NO_CAPTION, ClipIndex, scan
+from sat.data.manifest import CAPTION_ADVICE, NO_CAPTION, SIZE_KEYS, ClipIndex, scan
 from sat.data.quarantine import BadClip, named
 from sat.data.shards import ShardClip, is_shards
 from sat.data.video import probe, read_frames
@@ -30,14 +31,15 @@ class SFTDataset(Dataset):
 
     data_dir: the folder, the manifest, or the path, pattern or URL of shards (see `sat.data.shards`).
     video_size: [height, width] of the pixels.
-    fps, max_num_frames, skip_frms_num: which frames are used, see `choose_frames`. Image files count as one frame and
-        skip none.
+    fps, max_num_frames, skip_frms_num: which frames are used, see `sat.data.frames.choose_frames`. Image files count as
+        one frame and skip none.
     size_mode: `crop` resizes to cover video_size and cuts out the centre, as released; `keep` keeps each clip's own
         aspect ratio at the area of video_size, sides multiples of 16; `native` does so for clips of a larger area and
         leaves smaller ones at their own size, for rows of mixed resolutions.
     short_clips: `pad` repeats the last frame up to max_num_frames, as released; `keep` gives only real frames, the
-        largest 4k + 1 of them where there are fewer than max_num_frames; `drop` leaves out clips that do not last for
-        max_num_frames at fps after skipping at both ends.
+        largest 4k + 1 of them where there are fewer than max_num_frames, and is what a run that plans rows asks for
+        where its section says nothing; `drop` leaves out clips that do not last for max_num_frames at fps after
+        skipping at both ends.
     missing_caption: `error`, or `empty` for an empty text.
     caption_key: which key of a manifest's rows, or member or JSON key of a shard, is the caption.
     root: the folder in which the clips of a manifest lie, by default its own.
@@ -138,28 +140,36 @@ class SFTDataset(Dataset):
         }
         return Source(clip, reading)
 
-    def latent_sizes(self) -> list[tuple[int, int, int]]:
-        """Latent (frames, rows, columns) of every clip as it will be read, from the headers alone.
+    def latent_sizes(self) -> np.ndarray:
+        """Latent frames, rows and columns of every clip as it will be read, int64 (clips, 3), from the headers alone.
 
         Raises DataError where a manifest does not give num_frames, fps, height and width and no header was read.
         """
-        return [self._latent_size(self.index[number]) for number in range(len(self))]
+        told = self.index.numbers()
+        self._refuse_unknown(told)
+        result = np.empty((len(self), 3), dtype=np.int64)
+        result[:, 0] = self.max_num_frames
+        result[:, 1:] = self.video_size
+        if self.short_clips == "keep":
+            result[:, 0] = _once_each(told[:, [0, 1, 4]], lambda n, fps, still: len(self._range(n, fps, bool(still))))
+        if self.size_mode != "crop":
+            result[:, 1:] = _once_each(told[:, [2, 3]], lambda rows, columns: self._size_of(int(rows), int(columns)))
+        result[:, 0] = (result[:, 0] - 1) // TIME_FACTOR + 1
+        result[:, 1:] //= SPACE_FACTOR
+        return result
 
-    def _latent_size(self, clip: Clip) -> tuple[int, int, int]:
+    def _refuse_unknown(self, told: np.ndarray) -> None:
+        """Raise DataError for the first clip whose size is needed and not known."""
         needed = ["num_frames", "fps"] if self.short_clips == "keep" else []
         needed += ["height", "width"] if self.size_mode != "crop" else []
-        lacking = [key for key in needed if not clip.row.get(key)]
-        if lacking:
+        unknown = told[:, [SIZE_KEYS.index(key) for key in needed]] == 0
+        if unknown.any():
+            number = int(unknown.any(axis=1).argmax())
+            lacking = [key for key, one in zip(needed, unknown[number]) if one]
             raise DataError(
-                f"{self.index.source}: {clip.key} has no {', '.join(lacking)}, by which rows are planned; write them "
-                "into the manifest or the shard's JSON, or set data.params.read_headers: true"
+                f"{self.index.source}: {self.index[number].key} has no {', '.join(lacking)}, by which rows are "
+                "planned; write them into the manifest or the shard's JSON, or set data.params.read_headers: true"
             )
-        count, (height, width) = self.max_num_frames, self.video_size
-        if self.short_clips == "keep":
-            count = len(self._choose_frames(clip, int(clip.row["num_frames"]), float(clip.row["fps"])))
-        if self.size_mode != "crop":
-            height, width = self._size_of(int(clip.row["height"]), int(clip.row["width"]))
-        return (count - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR
 
     def _size_of(self, rows: int, columns: int) -> tuple[int, int]:
         """(height, width) of the pixels of a clip whose file has so many rows and columns."""
@@ -181,11 +191,11 @@ class SFTDataset(Dataset):
         file = clip.load()
         info = probe(file, count=True)
         indices = self._choose_frames(clip, info.num_frames, info.fps)
-        frames = read_frames(file, indices)
+        frames = read_frames(file, np.array(indices))
         size = self._size_of(frames.shape[1], frames.shape[2])
         _, corner = fit_to_cover(frames.shape[1:3], size)
         num_frames = self.max_num_frames if self.short_clips == "pad" else len(frames)
-        stride = int(indices[1] - indices[0]) if len(indices) > 1 else 1
+        stride = indices.step if len(indices) > 1 else 1
         return {
             "pixels": frames_to_pixels(frames, size, num_frames),
             "caption": caption,
@@ -197,19 +207,33 @@ class SFTDataset(Dataset):
             "target_size_as_tuple": size,
         }
 
-    def _choose_frames(self, clip: Clip, num_frames: int, clip_fps: float) -> np.ndarray:
-        skip = 0 if clip.is_image else self.skip
+    def _choose_frames(self, clip: Clip, num_frames: int, clip_fps: float) -> range:
         try:
-            indices = choose_frames(num_frames, clip_fps, self.fps, self.max_num_frames, skip)
-            if self.short_clips == "drop":
-                needed = self.max_num_frames * (1 if clip.is_image else clip_fps / self.fps) + 2 * skip
-                if num_frames < needed or len(indices) < self.max_num_frames:
-                    raise BadClip(f"{num_frames} frames are fewer than the {needed:g} needed", reason="too short")
+            return self._range(num_frames, clip_fps, clip.is_image)
         except BadClip as bad:
             raise BadClip(f"{clip.place}: {bad}", reason=bad.reason) from bad
+
+    def _range(self, num_frames: float, clip_fps: float, is_image: bool) -> range:
+        """The frames to read of a clip. Raises BadClip."""
+        skip = 0 if is_image else self.skip
+        indices = frame_range(int(num_frames), clip_fps, self.fps, self.max_num_frames, skip)
+        if self.short_clips == "drop":
+            needed = self.max_num_frames * (1 if is_image else clip_fps / self.fps) + 2 * skip
+            if num_frames < needed or len(indices) < self.max_num_frames:
+                raise BadClip(f"{num_frames} frames are fewer than the {needed:g} needed", reason="too short")
         if self.short_clips == "keep" and len(indices) < self.max_num_frames:
             indices = indices[: largest_4k_plus_1(len(indices))]
         return indices
+
+
+def _once_each(columns: np.ndarray, action: Callable[..., Any]) -> np.ndarray:
+    """The results of an action for every row of numbers (m, k); it is called once for rows that are equal."""
+    codes = np.zeros(len(columns), dtype=np.int64)
+    for column in columns.T:
+        values, places = np.unique(column, return_inverse=True)
+        _, codes = np.unique(codes * len(values) + places, return_inverse=True)
+    _, first, places = np.unique(codes, return_index=True, return_inverse=True)
+    return np.array([action(*row) for row in columns[first].tolist()], dtype=np.int64)[places]
 
 
 class LatentShards(Dataset):
@@ -275,10 +299,11 @@ class LatentShards(Dataset):
         """The caption of a clip, which is not read."""
         return self.index[index].caption()
 
-    def latent_sizes(self) -> list[tuple[int, int, int]]:
-        """Latent (frames, rows, columns) of every clip, from the index."""
+    def latent_sizes(self) -> np.ndarray:
+        """Latent frames, rows and columns of every clip, int64 (clips, 3), from the index."""
         shapes = (self.index[number].row["latents"] for number in range(len(self)))
-        return [(t, h, w) for t, _, h, w in shapes]
+        told = chain.from_iterable((t, h, w) for t, _, h, w in shapes)
+        return np.fromiter(told, dtype=np.int64, count=3 * len(self)).reshape(-1, 3)
 
 
 def refuse_bare(index: ClipIndex) -> None:

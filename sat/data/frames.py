@@ -35,6 +35,11 @@ def choose_frames(num_frames: int, clip_fps: float, fps: float, max_num_frames: 
 
     Returns rising int64 numbers below n: at least one, at most M. Raises BadClip where no frame is left.
     """
+    return np.array(frame_range(num_frames, clip_fps, fps, max_num_frames, skip), dtype=np.int64)
+
+
+def frame_range(num_frames: int, clip_fps: float, fps: float, max_num_frames: int, skip: int) -> range:
+    """The same as a range, which costs little where only its length is asked for."""
     if num_frames < 1:
         raise BadClip("the clip has no frames", reason="no frames")
     if not clip_fps > 0:
@@ -45,19 +50,19 @@ def choose_frames(num_frames: int, clip_fps: float, fps: float, max_num_frames: 
         stride = (end - start) // max_num_frames
         if stride == 0:
             end, stride = start + max_num_frames, 1
-        indices = np.arange(start, min(end, num_frames), stride)
+        indices = range(start, min(end, num_frames), stride)
     elif num_frames > max_num_frames:
         end = num_frames - skip
-        indices = np.arange(start, end, max((end - start) // max_num_frames, 1))
+        indices = range(start, end, max((end - start) // max_num_frames, 1))
     else:
         available = num_frames - 2 * skip
-        indices = np.arange(start, start + largest_4k_plus_1(available)) if available > 0 else np.arange(0)
+        indices = range(start, start + largest_4k_plus_1(available)) if available > 0 else range(0)
     if not len(indices):
         raise BadClip(
             f"the clip has {num_frames} frames; skipping {skip} at each end leaves none (skip_frms_num)",
             reason="too short",
         )
-    return indices[:max_num_frames].astype(np.int64)
+    return indices[:max_num_frames]
 
 
 def same_area_size(height: int, width: int, video_size: tuple[int, int]) -> tuple[int, int]:

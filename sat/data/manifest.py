@@ -2,6 +2,7 @@
 
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,15 +34,22 @@ CAPTION_ADVICE = (
 Check = Callable[["Clip", int, float], object]
 """Called with a clip, its number of frames and its frames per second; a BadClip that it raises drops the clip."""
 
+SIZE_KEYS = ("num_frames", "fps", "height", "width")
+"""Numbers by which rows of clips are planned."""
+
+Found = tuple[bytes, dict[str, Any]]
+"""A row as it is kept, and what it says."""
+
 
 class PackedRows:
     """Many short byte strings as one: a million rows cost their bytes, and workers that fork share them untouched."""
 
     def __init__(self, rows: Iterable[bytes]) -> None:
-        chunks = list(rows)
-        self._bytes = b"".join(chunks)
-        self._bounds = np.zeros(len(chunks) + 1, dtype=np.int64)
-        np.cumsum([len(chunk) for chunk in chunks], out=self._bounds[1:])
+        content, bounds = bytearray(), array("q", [0])
+        for row in rows:
+            content += row
+            bounds.append(len(content))
+        self._bytes, self._bounds = bytes(content), np.frombuffer(bounds, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -79,8 +87,19 @@ class ClipIndex:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Clip:
-        row = json.loads(self.rows[index])
+        return self._clip(json.loads(self.rows[index]))
+
+    def _clip(self, row: dict[str, Any]) -> Clip:
         return (ShardClip if "shard" in row else Clip)(self.folder, row, self.caption_key)
+
+    def numbers(self) -> np.ndarray:
+        """What rows say of clips: float64 (clips, 5) SIZE_KEYS, 0 where one does not say, and 1 for an image."""
+        told = array("d")
+        for number in range(len(self)):
+            clip = self[number]
+            told.extend([clip.row.get(key) or 0 for key in SIZE_KEYS])
+            told.append(clip.is_image)
+        return np.frombuffer(told).reshape(-1, 5)
 
     def summary(self) -> str:
         """A small table: clips kept, and clips dropped by reason with an example each."""
@@ -118,7 +137,7 @@ def scan(
     Raises DataError where nothing is found or nothing is kept, and, if strict, for what is wrong in a manifest or
     shard.
     """
-    found: Iterable[bytes | Dropped]
+    found: Iterable[Found | Dropped]
     if is_shards(str(data_dir)):
         source: Path | str = str(data_dir)
         folder, looked_for = Path(), f"members that end in {' '.join(LATENTS if want_latents else PICTURES)}"
@@ -126,19 +145,24 @@ def scan(
     else:
         source = Path(data_dir).absolute()
         folder, found, looked_for = _file_rows(source, root, caption_key, require_caption)
-    rows, dropped = _sort_out(found, strict)
-    if not len(rows) and not dropped:
-        raise DataError(f"no clips in {source}: looked for {looked_for}")
-
-    everything = ClipIndex(source, folder, rows, caption_key=caption_key)
-    examine = _Examination(everything, require_caption, read_headers, check)
+    dropped: list[Dropped] = []
+    rows = _sort_out(found, strict, dropped)
+    examine = _Examination(
+        ClipIndex(source, folder, PackedRows(()), (), caption_key), require_caption, read_headers, check
+    )
     if read_headers:
+        packed = PackedRows(line for line, _ in rows)
         with ThreadPoolExecutor(num_workers) as pool:
-            results = list(pool.map(examine, range(len(rows))))
+            kept = PackedRows(
+                _kept(
+                    pool.map(lambda number: examine(packed[number], json.loads(packed[number])), range(len(packed))),
+                    dropped,
+                )
+            )
     else:
-        results = list(map(examine, range(len(rows))))
-    kept = PackedRows(result for result in results if isinstance(result, bytes))
-    dropped += [result for result in results if isinstance(result, Dropped)]
+        kept = PackedRows(_kept((examine(line, row) for line, row in rows), dropped))
+    if not len(kept) and not dropped:
+        raise DataError(f"no clips in {source}: looked for {looked_for}")
     index = ClipIndex(source, folder, kept, tuple(dropped), caption_key)
     if not len(kept) and strict:
         lacks_captions = any(clip.reason == NO_CAPTION for clip in index.dropped)
@@ -149,12 +173,12 @@ def scan(
 
 def _file_rows(
     source: Path, root: str | Path | None, caption_key: str, require_caption: bool
-) -> tuple[Path, Iterable[bytes | Dropped], str]:
+) -> tuple[Path, Iterable[Found | Dropped], str]:
     """Of a folder or a manifest: what the paths of its rows are relative to, the rows, what was looked for."""
     if source.is_dir():
         looked_for = f"files that end in {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}"
         hint = f"; for its shards give {source}/*.tar" if any(source.glob("*.tar")) else ""
-        return source, map(_encode, _folder_rows(source)), looked_for + hint
+        return source, ((_encode(row), row) for row in _folder_rows(source)), looked_for + hint
     if source.suffix == ".jsonl" and source.is_file():
         folder = source.parent if root is None else Path(root).absolute()
         rows = _manifest_rows(source, folder, caption_key, require_caption)
@@ -177,33 +201,37 @@ def _no_data(source: Path) -> DataError:
     )
 
 
-def _sort_out(found: Iterable[bytes | Dropped], strict: bool) -> tuple[PackedRows, list[Dropped]]:
-    """Rows, and what is wrong among them; raises DataError for that if strict."""
-    dropped: list[Dropped] = []
+def _sort_out(found: Iterable[Found | Dropped], strict: bool, dropped: list[Dropped]) -> Iterator[Found]:
+    """The rows, what is wrong among them put to `dropped`; raises DataError for that if strict."""
+    for row in found:
+        if not isinstance(row, Dropped):
+            yield row
+        elif strict and row.reason == WRONG_ROW:
+            raise DataError(f"{row.key}: {row.detail}")
+        else:
+            dropped.append(row)
 
-    def rows() -> Iterator[bytes]:
-        for row in found:
-            if not isinstance(row, Dropped):
-                yield row
-            elif strict and row.reason == WRONG_ROW:
-                raise DataError(f"{row.key}: {row.detail}")
-            else:
-                dropped.append(row)
 
-    return PackedRows(rows()), dropped
+def _kept(results: Iterable[bytes | Dropped], dropped: list[Dropped]) -> Iterator[bytes]:
+    """The rows among the results, the others put to `dropped`."""
+    for result in results:
+        if isinstance(result, Dropped):
+            dropped.append(result)
+        else:
+            yield result
 
 
 @dataclass(frozen=True)
 class _Examination:
-    """Decides on the clip of one number: its row, with the header if that was read, or why it is dropped."""
+    """Decides on a row: it, with the header if that was read, or why its clip is dropped."""
 
     index: ClipIndex
     require_caption: bool
     read_headers: bool
     check: Check | None
 
-    def __call__(self, number: int) -> bytes | Dropped:
-        line, clip = self.index.rows[number], self.index[number]
+    def __call__(self, line: bytes, row: dict[str, Any]) -> bytes | Dropped:
+        clip = self.index._clip(row)
         num_frames, fps = clip.num_frames, clip.row.get("fps")
         try:
             knows_caption = self.read_headers or clip.caption_path is None
@@ -212,7 +240,7 @@ class _Examination:
             if self.read_headers:
                 info = clip.header()
                 num_frames, fps = info.num_frames, info.fps
-                line = _encode({**clip.row, **{key: getattr(info, key) for key in HEADER_KEYS}})
+                line = _encode({**row, **{key: getattr(info, key) for key in HEADER_KEYS}})
             if self.check and num_frames and fps:
                 self.check(clip, num_frames, fps)
         except BadClip as bad:
@@ -276,7 +304,7 @@ def _caption_places(video: str) -> list[str]:
 # --- manifests -------------------------------------------------------------------------------------------------------
 
 
-def _manifest_rows(path: Path, folder: Path, caption_key: str, require_caption: bool) -> Iterator[bytes | Dropped]:
+def _manifest_rows(path: Path, folder: Path, caption_key: str, require_caption: bool) -> Iterator[Found | Dropped]:
     """The lines of a JSONL file, checked."""
     needed = ("video", caption_key) if require_caption else ("video",)
     with path.open("rb") as file:
@@ -290,8 +318,8 @@ def _manifest_rows(path: Path, folder: Path, caption_key: str, require_caption: 
                 yield Dropped(f"{path} line {number}", WRONG_ROW, str(error))
 
 
-def _checked(line: bytes, folder: Path, needed: Sequence[str], caption_key: str) -> bytes:
-    """A line whose row can be used, its path one below the folder. Raises ValueError with what is wrong."""
+def _checked(line: bytes, folder: Path, needed: Sequence[str], caption_key: str) -> Found:
+    """A line that can be used and its row, the path one below the folder. Raises ValueError with what is wrong."""
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -308,7 +336,10 @@ def _checked(line: bytes, folder: Path, needed: Sequence[str], caption_key: str)
     if wrong := wrong_numbers(row):
         raise ValueError(wrong)
     video = _path_below(folder, row["video"])
-    return line if video == row["video"] else _encode({**row, "video": video})
+    if video != row["video"]:
+        row = {**row, "video": video}
+        line = _encode(row)
+    return line, row
 
 
 def _path_below(folder: Path, path: str) -> str:
@@ -329,7 +360,7 @@ def _path_below(folder: Path, path: str) -> str:
 
 def _shard_rows(
     source: str, caption_key: str, read_headers: bool, strict: bool, want_latents: bool, num_workers: int
-) -> Iterator[bytes | Dropped]:
+) -> Iterator[Found | Dropped]:
     """The clips of all shards in order, and what is no clip."""
     kinds, places = LATENTS if want_latents else PICTURES, shard_places(source)
 
@@ -350,7 +381,7 @@ def _shard_rows(
                 yield Dropped(shard, "unusable shard", str(found))
 
 
-def _shard_row(line: bytes, caption_key: str, kinds: Sequence[str]) -> bytes | Dropped:
+def _shard_row(line: bytes, caption_key: str, kinds: Sequence[str]) -> Found | Dropped:
     row = json.loads(line)
     name = f"{row['shard']}: {row['key']}"
     if "wrong" in row:
@@ -360,4 +391,4 @@ def _shard_row(line: bytes, caption_key: str, kinds: Sequence[str]) -> bytes | D
     if not any(kind in row["members"] for kind in kinds):
         found = ", ".join(row["members"])
         return Dropped(name, NO_VIDEO, f"its members are {found}; none of them is {' '.join(kinds)}")
-    return line
+    return line, row

@@ -47,6 +47,10 @@ class MixedOrder:
         which, number = self._members[counter - self._start]
         return int(self._clips[which][self._orders[which][number]])
 
+    def clips(self, counters: range) -> list[int]:
+        """Those of samples that follow each other."""
+        return [self[counter] for counter in counters]
+
     def _given(self, block: int) -> list[int]:
         """Samples that each set has given before a block."""
         count = len(self.shares)
@@ -161,13 +165,13 @@ class Mixture(ConcatDataset):
         if self.weights_by == "samples":
             return self.weights[name]
         assert lengths is not None
-        return self.weights[name] * len(clips) / sum(int(lengths[clip]) for clip in clips)
+        return self.weights[name] * len(clips) / int(np.sum(lengths[clips.start : clips.stop]))
 
     def summary(self, order: MixedOrder, lengths: Numbers | None) -> list[str]:
         """A line for each set: its clips, its share of the samples and, where lengths are known, of the tokens."""
         tokens = {}
         if lengths is not None:
-            means = {name: np.mean([lengths[clip] for clip in clips]) for name, clips in order.sets.items()}
+            means = {name: np.mean(np.asarray(lengths)[np.asarray(clips)]) for name, clips in order.sets.items()}
             tokens = {name: float(share) * float(means[name]) for name, share in order.shares.items()}
         lines = []
         for name, share in order.shares.items():

@@ -11,7 +11,9 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import count, islice
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,12 @@ from sat.errors import DataError
 
 POOL = 1024
 """Clips that a planner looks at together. More fill rows better, and move clips further from their random place."""
-CLUSTERS = 16
-"""Groups of rows of about equal cost that are sorted out together."""
+AT_A_TIME = 4096
+"""Clips whose place in the order is computed together."""
+EVEN_RANKS = 64
+"""Up to so many ranks, those that divide a step's rows have about equal work."""
+GROUPS = 64
+"""Groups of rows of about equal cost that are sorted out together. More make the rows of one more equal."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,12 @@ class PlannedStep:
         """
         per_rank = len(self.rows) // num_ranks
         shares: list[list[Row]] = [[] for _ in range(num_ranks)]
-        costs = [0.0] * num_ranks
+        least = [(0.0, rank) for rank in range(num_ranks)]
         for row in sorted(self.rows, key=lambda row: -row.cost):
-            rank = min((r for r in range(num_ranks) if len(shares[r]) < per_rank), key=lambda r: (costs[r], r))
+            cost, rank = heappop(least)
             shares[rank].append(row)
-            costs[rank] += row.cost
+            if len(shares[rank]) < per_rank:
+                heappush(least, (cost + row.cost, rank))
         return shares
 
     def places(self) -> dict[int, int]:
@@ -139,19 +146,20 @@ class Planner(ABC):
     """Deals the clips of epoch after epoch to rows, and rows to steps.
 
     lengths: tokens of each clip. max_tokens: most of a row. rows_per_step: rows of one optimizer step, over all ranks.
-    order: the clip of each sample. balance: so many rows of about equal cost come together, so that as many ranks have
-    equal work; more than the ranks need make the clips of a step more alike, and 1 leaves the rows in the epoch's
-    order. Raises DataError for a clip longer than a row.
+    order: the clip of each sample. Raises DataError for a clip longer than a row.
+
+    So many rows of about equal cost come together as every number of ranks up to EVEN_RANKS that divides a step's rows
+    deals out evenly: all of a step of 64, a quarter of a step of 256, so that the plan is the same at any of them and
+    has equal work for each. The rows of an epoch end before those of the next begin, to within one such group.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         max_tokens: int,
         rows_per_step: int,
         order: SampleOrder,
         cost: CostModel,
-        balance: int = 8,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         if not len(self.lengths):
@@ -162,7 +170,7 @@ class Planner(ABC):
                 f"clip {longest} has {self.lengths[longest]:,} tokens, more than max_tokens {max_tokens:,}; raise it"
             )
         self.max_tokens, self.rows_per_step, self.order, self.cost = max_tokens, rows_per_step, order, cost
-        self.balance = min(balance, rows_per_step)
+        self.group_size = lcm(*(ranks for ranks in range(1, EVEN_RANKS + 1) if rows_per_step % ranks == 0))
 
     def steps(self, start_step: int = 0) -> Iterator[PlannedStep]:
         """The optimizer steps from one on, without end. What lies before it is planned over quickly."""
@@ -177,21 +185,37 @@ class Planner(ABC):
 
     def _rows(self) -> Iterator[Row]:
         """The rows of epoch after epoch, those of about equal cost beside each other."""
-        coming = (row for epoch in count() for row in self.epoch_rows(epoch))
-        if self.balance == 1:
-            yield from coming
-        for number in count():
-            window = sorted(islice(coming, self.balance * CLUSTERS), key=lambda row: row.cost)
-            order = epoch_permutation(CLUSTERS, self.order.seed, number)
-            for cluster in order:
-                yield from window[cluster * self.balance : (cluster + 1) * self.balance]
+        if self.group_size == 1:
+            for epoch in count():
+                yield from self.epoch_rows(epoch)
+        left: list[Row] = []  # fewer than a group: the costliest of what came so far
+        windows = (window for epoch in count() for window in self._windows(self.epoch_rows(epoch)))
+        for number, window in enumerate(windows):
+            window.sort(key=lambda row: row.cost)
+            lacking = self.group_size - len(left)
+            if left and len(window) >= lacking:
+                yield from left + window[-lacking:]
+                left, window = [], window[:-lacking]
+            num_groups = (len(left) + len(window)) // self.group_size
+            for group in epoch_permutation(num_groups, self.order.seed, number) if num_groups else ():
+                yield from window[group * self.group_size : (group + 1) * self.group_size]
+            left += window[num_groups * self.group_size :]
+
+    def _windows(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
+        """An epoch's rows in lists of GROUPS groups or more; of fewer only where an epoch has no more."""
+        size = GROUPS * self.group_size
+        window = list(islice(rows, size))
+        while len(following := list(islice(rows, size))) == size:
+            yield window
+            window = following
+        yield window + following
 
     def epoch_rows(self, epoch: int) -> Iterator[Row]:
         """The rows of one epoch: each of its samples once."""
         first = epoch * self.order.epoch_size
         for members in self._members(range(first, first + self.order.epoch_size)):
-            lengths = [int(self.lengths[index]) for _, index in members]
             counters, indices = zip(*members)
+            lengths = self.lengths[list(indices)].tolist()
             yield Row(counters, indices, sum(lengths), self.cost(lengths))
 
     @abstractmethod
@@ -200,9 +224,10 @@ class Planner(ABC):
 
     def _coming(self, counters: range) -> Iterator[tuple[Sample, int]]:
         """Each sample and its length, in order."""
-        for counter in counters:
-            index = self.order[counter]
-            yield (counter, index), int(self.lengths[index])
+        for first in range(counters.start, counters.stop, AT_A_TIME):
+            part = range(first, min(first + AT_A_TIME, counters.stop))
+            indices = self.order.clips(part)
+            yield from zip(zip(part, indices), self.lengths[indices].tolist())
 
 
 class PackingPlanner(Planner):
@@ -235,15 +260,15 @@ class BucketPlanner(Planner):
     shapes: the size of each clip, equal for clips that may share a row.
     """
 
-    def __init__(self, lengths: Sequence[int], shapes: Sequence[Any], *args: Any) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, shapes: Sequence[Any] | np.ndarray, *args: Any) -> None:
         super().__init__(lengths, *args)
-        names: dict[Any, int] = {}
-        self._buckets = [names.setdefault(shape, len(names)) for shape in shapes]
+        _, buckets = np.unique(np.asarray(shapes), axis=0, return_inverse=True)
+        self._buckets = buckets.reshape(-1)
 
     def _members(self, counters: range) -> Iterator[list[Sample]]:
         waiting: dict[int, list[Sample]] = {}
         for sample, length in self._coming(counters):
-            bucket = waiting.setdefault(self._buckets[sample[1]], [])
+            bucket = waiting.setdefault(int(self._buckets[sample[1]]), [])
             bucket.append(sample)
             if (len(bucket) + 1) * length > self.max_tokens:
                 yield list(bucket)

@@ -7,6 +7,8 @@ samples is counters s·G ... (s+1)·G - 1.
 from collections.abc import Iterator, Sequence
 from typing import Protocol, overload
 
+import numpy as np
+
 from sat.errors import ConfigError, DataError
 from sat.mpu.random import stream_seed
 
@@ -37,7 +39,7 @@ class Permutation(Sequence[int]):
     def __getitem__(self, place: slice) -> list[int]: ...
     def __getitem__(self, place: int | slice) -> int | list[int]:
         if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(self.num_samples))]
+            return self._many(np.arange(*place.indices(self.num_samples), dtype=np.uint64)).tolist()
         if not -self.num_samples <= place < self.num_samples:
             raise IndexError(f"place {place} of an order of {self.num_samples} samples")
         value = place % self.num_samples
@@ -45,6 +47,20 @@ class Permutation(Sequence[int]):
             value = self._shuffle_bits(value)
             if value < self.num_samples:
                 return value
+
+    def _many(self, values: np.ndarray) -> np.ndarray:
+        """The same for many places at once."""
+        values = self._shuffle_many(values)
+        while (outside := values >= self.num_samples).any():
+            values[outside] = self._shuffle_many(values[outside])
+        return values
+
+    def _shuffle_many(self, values: np.ndarray) -> np.ndarray:
+        half_bits, half_mask = np.uint64(self.half_bits), np.uint64((1 << self.half_bits) - 1)
+        left, right = values >> half_bits, values & half_mask
+        for round_key in self.round_keys:
+            left, right = right, left ^ (_mix64_many(right ^ np.uint64(round_key)) & half_mask)
+        return left << half_bits | right
 
     def _shuffle_bits(self, value: int) -> int:
         half_mask = (1 << self.half_bits) - 1
@@ -62,6 +78,13 @@ def _mix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def _mix64_many(values: np.ndarray) -> np.ndarray:
+    """`_mix64` of uint64, whose products wrap."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 def epoch_permutation(num_samples: int, seed: int, epoch: int, stream: str = "data order") -> Permutation:
     """The order of one epoch: a sequence in which each of 0 ... num_samples - 1 stands once."""
     return Permutation(num_samples, stream_seed(seed, stream, epoch))
@@ -75,6 +98,9 @@ class SampleOrder(Protocol):
     """Samples of one epoch."""
 
     def __getitem__(self, counter: int) -> int: ...
+
+    def clips(self, counters: range) -> list[int]:
+        """Those of samples that follow each other."""
 
 
 class ShuffledEpochs:
@@ -94,6 +120,12 @@ class ShuffledEpochs:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_permutation(self.epoch_size, self.seed, epoch, self.stream)
         return self._order[place]
+
+    def clips(self, counters: range) -> list[int]:
+        epoch, place = divmod(counters.start, self.epoch_size)
+        if place + len(counters) > self.epoch_size:
+            return [self[counter] for counter in counters]
+        return epoch_permutation(self.epoch_size, self.seed, epoch, self.stream)[place : place + len(counters)]
 
 
 class GlobalBatchSampler:

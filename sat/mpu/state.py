@@ -47,13 +47,7 @@ class ParallelState:
         torch's own, which is not that of the job's group.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
-        if tp < 1 or cp < 1 or world % (tp * cp * guidance):
-            halves = f" x {guidance} halves of guidance" if guidance > 1 else ""
-            raise LayoutError(
-                f"{world} processes do not divide into model_parallel_size {tp} x context_parallel_size {cp}{halves}; "
-                f"start a multiple of {max(tp, 1) * max(cp, 1) * guidance}, or choose from "
-                f"{legal_layouts(world, guidance)}"
-            )
+        dp = divide(world, tp, cp, guidance)
         ulysses = cp if ulysses is None else ulysses
         if ulysses < 1 or cp % ulysses:
             raise LayoutError(
@@ -62,7 +56,7 @@ class ParallelState:
         if not dist.is_initialized():
             return cls()
         names: tuple[Axis, ...] = ("dp", "guidance", "ring", "ulysses", "tp")
-        shape = (world // (tp * cp * guidance), guidance, cp // ulysses, ulysses, tp)
+        shape = (dp, guidance, cp // ulysses, ulysses, tp)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
         axes: dict[Axis, DeviceMesh] = {axis: mesh[axis] for axis in names}
         axes["cp"] = mesh["ring", "ulysses"]._flatten("cp")
@@ -114,6 +108,18 @@ def choose_ulysses(mode: ContextMode, cp: int, num_heads: int) -> int:
             )
         return inner[-1]
     return max(size for size in divisors if size <= num_heads and -(-num_heads // size) * size <= 1.1 * num_heads)
+
+
+def divide(world: int, tp: int, cp: int, guidance: int = 1) -> int:
+    """Data-parallel ranks of `world` processes. Raises LayoutError where they do not divide."""
+    if tp < 1 or cp < 1 or world % (tp * cp * guidance):
+        halves = f" x {guidance} halves of guidance" if guidance > 1 else ""
+        raise LayoutError(
+            f"{world} processes do not divide into model_parallel_size {tp} x context_parallel_size {cp}{halves}; "
+            f"start a multiple of {max(tp, 1) * max(cp, 1) * guidance}, or choose from "
+            f"{legal_layouts(world, guidance)}"
+        )
+    return world // (tp * cp * guidance)
 
 
 def legal_layouts(world: int, guidance: int = 1) -> str:

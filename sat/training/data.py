@@ -17,13 +17,19 @@ from sat.data.mixture import MixedOrder, Mixture, Numbers
 from sat.data.sampler import GlobalBatchSampler, SampleOrder, ShuffledEpochs
 from sat.errors import ConfigError
 from sat.training.args import TrainArgs
-from sat.training.plan import RowPlan, TokenCount, check_rows, latent_sizes, take_plan, without_params
+from sat.training.plan import (
+    VALID_SETS,
+    RowPlan,
+    TokenCount,
+    check_rows,
+    latent_sizes,
+    nodes_of,
+    take_plan,
+    without_params,
+)
 from sat.training.preview import params_of
 
 log = logging.getLogger(__name__)
-
-VALID_SETS = "valid_sets"
-"""The parameter of a mixture that names the sets of validation."""
 
 
 def build_dataset(
@@ -83,20 +89,32 @@ def is_mixture(data: ConfigNode) -> bool:
 
 def check_sources(config: ConfigNode, args: TrainArgs) -> None:
     """Raise DataError where there is nothing at a place that our own datasets are to read; no file is opened."""
-    params = config["data"].get("params") or {}
-    groups = [group for name in ("sets", VALID_SETS) if isinstance(group := params.get(name), Mapping)]
-    for node in [config["data"], *(node for group in groups for node in group.values())]:
-        if (
-            not isinstance(node, ConfigNode)
-            or "target" not in node
-            or target_of(node).__module__ != SFTDataset.__module__
-        ):
+    for node in nodes_of(config["data"]):
+        if target_of(node).__module__ != SFTDataset.__module__:
             continue
         given = (node.get("params") or {}).get("data_dir")
         paths = [args.train_data, args.valid_data] if node is config["data"] else []
         for source in (given, *paths):
             for path in [source] if isinstance(source, str) else source or ():
                 check_source(path)
+
+
+def check_plan(config: ConfigNode, args: TrainArgs, seed: int, global_batch_size: int, micro_batch_size: int) -> None:
+    """Raise what would stop the rows of a run that plans them; no clip is opened.
+
+    Where sizes are read from the clips themselves (read_headers), only that a row holds more than a text is looked at.
+    """
+    section, kind, plan_args = take_plan(without_params(config["data"], [VALID_SETS]))
+    if kind is None or plan_args is None:
+        return
+    check_rows(kind, plan_args, micro_batch_size)
+    if not any((node.get("params") or {}).get("read_headers") for node in nodes_of(section)):
+        TrainingData(config, args, seed, global_batch_size, micro_batch_size, dp_rank=0, dp_size=1)
+    elif (text := TokenCount.of_config(config).text_length) >= plan_args.max_tokens:
+        raise ConfigError(
+            f"data.params.{kind}.max_tokens is {plan_args.max_tokens:,}, and the text of a clip takes {text:,} tokens; "
+            "raise it"
+        )
 
 
 def bad_clips(batch: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -141,7 +159,7 @@ class TrainingData:
             steps_of_epoch = self.plan.steps_of_epoch() if args.epochs else 0.0
         else:
             if isinstance(self.dataset, Mixture) and self.dataset.weights_by == "tokens":
-                self.lengths = list(map(TokenCount.of_config(config), latent_sizes(self.dataset)))
+                self.lengths = TokenCount.of_config(config)(latent_sizes(self.dataset))
             self.order = self._make_order(range(self.num_samples), self.lengths)
             steps_of_epoch = self.order.epoch_size / global_batch_size
         self.total_steps = args.train_iters or math.ceil((args.epochs or 0) * steps_of_epoch)

@@ -14,6 +14,7 @@ from sat.config import ConfigNode, instantiate_from_config
 from sat.errors import CheckpointError
 from sat.mpu.state import get_parallel_state
 from sat.training.checkpoint import CheckpointPath, fit_weights, weight_files
+from sat.training.positions import TableChange, changed, table_changes
 from sat.weights.headers import read_header
 
 log = logging.getLogger(__name__)
@@ -24,11 +25,13 @@ def check_model(
     checkpoint: CheckpointPath,
     may_miss: Callable[[str], bool],
     from_text_to_video: bool = False,
+    former: ConfigNode | None = None,
 ) -> None:
     """Compare the weights' names and shapes with the network that the configuration builds, before either takes memory.
 
     may_miss: names that may be missing in the weights. from_text_to_video: they are to be completed for an
-    image-to-video network. Raises CheckpointError that names the YAML that fits.
+    image-to-video network. former: the network_config that they were trained with, where it may be another.
+    Raises CheckpointError that names the YAML that fits.
     """
     node = config["model"].get("network_config")
     network = build_on_meta(node) if node is not None else None
@@ -38,6 +41,8 @@ def check_model(
     if from_text_to_video:
         own = network.state_dict()
         parts = [start_from_text_to_video(part, own, str(checkpoint.path)) for part in parts]
+    changes = changes_from(former, network)
+    parts = [changed(part, changes, str(checkpoint.path)) for part in parts]
     found = transformer_kind({name: value.shape for name, value in parts[0].items()})
     built = transformer_kind({name: value.shape for name, value in network.state_dict().items()})
     try:
@@ -57,6 +62,12 @@ def build_on_meta(node: ConfigNode) -> Any:
     ) as error:  # what torch raises where a meta tensor's numbers are asked for
         log.debug("the network is not checked against the weights beforehand: %s", error)
         return None
+
+
+def changes_from(former: ConfigNode | None, network: Any) -> dict[str, TableChange]:
+    """What of a network's position tables is stored otherwise in weights that were trained with `former`."""
+    old = build_on_meta(former) if former is not None else None
+    return {} if old is None else table_changes(network, old)
 
 
 def _network_shapes(file: Path) -> dict[str, torch.Tensor]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from sat.config import STAGES, ConfigNode
 from sat.training.args import TrainArgs
-from sat.training.data import VALID_SETS
 from sat.training.files import write_json
-from sat.training.plan import without_params
+from sat.training.plan import VALID_SETS, without_params
 from sat.training.stages import plan_stages
 
 RUN_FILE = "run.json"

@@ -7,7 +7,7 @@ it puts the whole parameter together and cuts its part anew.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,27 @@ class StoredState:
             raise CheckpointError(f"{self.folder} holds only a part of the {kind} of {name}")
         return flat
 
-    def fill(self, fragments: Iterable[Fragment], rules: Mapping[str, ShardRule], parallel: ParallelState) -> None:
-        """Fill the live state; every element must be found. rules: how the model's parameters are cut over tp ranks."""
+    def fill(
+        self,
+        fragments: Iterable[Fragment],
+        rules: Mapping[str, ShardRule],
+        parallel: ParallelState,
+        changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        """Fill the live state; every element must be found. rules: how the model's parameters are cut over tp ranks.
+
+        changes: what makes of a stored parameter (1 m d), whole on every tp rank, the live one (1 s d); its state
+        follows it.
+        """
         lacking = []
         for fragment in fragments:
             for kind, live in fragment.tensors.items():
-                if self._fill_run(fragment, kind, live, rules.get(fragment.name), parallel) < live.numel():
+                change = (changes or {}).get(fragment.name)
+                if change is not None:
+                    found = self._fill_changed(fragment, kind, live, change)
+                else:
+                    found = self._fill_run(fragment, kind, live, rules.get(fragment.name), parallel)
+                if found < live.numel():
                     lacking.append(f"{kind} of {fragment.name}")
             for kind, number in fragment.numbers.items():
                 stored = self._numbers.get((fragment.name, kind))
@@ -143,6 +158,15 @@ class StoredState:
                 f"{self.folder} lacks optimizer state ({len(lacking)}): {', '.join(lacking[:3])}; "
                 "to start a new run from its weights alone set args.mode=finetune"
             )
+
+    def _fill_changed(self, fragment: Fragment, kind: str, live: Tensor, change: Callable[[Tensor], Tensor]) -> int:
+        """Fill one run of one kind of a parameter that has changed; returns how many of its elements were found."""
+        stored = self.whole(fragment.name, kind, 0)
+        if stored is None:
+            return 0
+        own = change(stored.view(1, -1, fragment.shape[-1])).flatten()
+        live.copy_(own[fragment.start : fragment.start + live.numel()])
+        return live.numel()
 
     def _fill_run(
         self, fragment: Fragment, kind: str, live: Tensor, rule: ShardRule | None, parallel: ParallelState

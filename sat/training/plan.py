@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from sat.config import ConfigNode, build_dataclass
+from sat.config import ConfigNode, build_dataclass, target_of
+from sat.data.dataset import SFTDataset
 from sat.data.loader import PlannedPlace
 from sat.data.mixture import Numbers
 from sat.data.packing import BucketPlanner, CostModel, PackingPlanner, PlannedStep, Planner, Row
@@ -29,24 +30,61 @@ class PlanArgs:
     """A clip longer than a row loses frames at its end, or is left out, as one whose first frame does not fit is."""
     loss: Literal["sample", "token"] = "sample"
     """Average the loss over samples, or over tokens."""
-    balance: int = 8
-    """So many rows of about equal cost come together: as many data-parallel ranks then have equal work."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "balance"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.params: {name} is {getattr(self, name)}; give 1 or more")
+        if self.max_tokens < 1:
+            raise ConfigError(f"data.params: max_tokens is {self.max_tokens}; give 1 or more")
+
+
+VALID_SETS = "valid_sets"
+"""The parameter of a mixture that names the sets of validation."""
 
 
 def take_plan(data: ConfigNode) -> tuple[ConfigNode, str | None, PlanArgs | None]:
-    """The data section without `pack` and `bucket`, which of the two was there, and what it says."""
+    """The data section without `pack` and `bucket`, which of the two was there, and what it says.
+
+    With either, a dataset of ours keeps short clips as they are, images as one frame, unless the section says what
+    becomes of them: rows have room for any length.
+    """
     params = data.get("params") or {}
     wanted = [name for name in PLANS if params.get(name) is not None]
     if len(wanted) > 1:
         raise ConfigError("data.params has both pack and bucket; choose one")
     if not wanted:
         return without_params(data, PLANS), None, None
-    return without_params(data, PLANS), wanted[0], build_dataclass(PlanArgs, params[wanted[0]])
+    section = without_params(data, PLANS)
+    return _with_short_clips_kept(section), wanted[0], build_dataclass(PlanArgs, params[wanted[0]])
+
+
+def nodes_of(data: ConfigNode) -> list[ConfigNode]:
+    """The data section and, of a mixture, the sections of its sets: those that name a target."""
+    params = data.get("params") or {}
+    groups = [group for name in ("sets", VALID_SETS) if isinstance(group := params.get(name), Mapping)]
+    found = [data, *(node for group in groups for node in group.values())]
+    return [node for node in found if isinstance(node, ConfigNode) and "target" in node]
+
+
+def _with_short_clips_kept(data: ConfigNode) -> ConfigNode:
+    """The section with `short_clips: keep` for each SFTDataset in it that says nothing of them."""
+    params = data.get("params")
+    if not isinstance(params, ConfigNode) or "target" not in data:
+        return data
+    own: dict[str, Any] = {}
+    if target_of(data) is SFTDataset and "short_clips" not in params:
+        own["short_clips"] = "keep"
+    for name in ("sets", VALID_SETS):
+        if isinstance(sets := params.get(name), ConfigNode):
+            nodes = {key: node for key, node in sets.items() if isinstance(node, ConfigNode)}
+            own[name] = _with(sets, {key: _with_short_clips_kept(node) for key, node in nodes.items()})
+    return _with(data, {"params": _with(params, own)})
+
+
+def _with(node: ConfigNode, values: Mapping[str, Any]) -> ConfigNode:
+    """A copy with other values."""
+    result = ConfigNode(node.path)
+    result.update({**node, **values})
+    result.origins.update(node.origins)
+    return result
 
 
 def without_params(data: ConfigNode, names: Sequence[str]) -> ConfigNode:
@@ -54,30 +92,23 @@ def without_params(data: ConfigNode, names: Sequence[str]) -> ConfigNode:
     params = data.get("params") or {}
     if not set(names) & set(params):
         return data
-    rest, inner = ConfigNode(data.path), ConfigNode(f"{data.path}.params")
-    rest.update(data)
-    rest.origins.update(data.origins)
-    inner.update({key: value for key, value in params.items() if key not in names})
-    inner.origins.update(getattr(params, "origins", {}))
-    rest["params"] = inner
-    return rest
+    rest = ConfigNode(f"{data.path}.params")
+    rest.update({key: value for key, value in params.items() if key not in names})
+    rest.origins.update(getattr(params, "origins", {}))
+    return _with(data, {"params": rest})
 
 
-LatentSize = tuple[int, int, int]
-"""Latent frames, rows and columns of a clip."""
-
-
-def latent_sizes(dataset: Any) -> list[LatentSize]:
-    """The size of every clip, without reading any."""
+def latent_sizes(dataset: Any) -> np.ndarray:
+    """Latent frames, rows and columns of every clip, int64 (clips, 3), without reading any."""
     if isinstance(dataset, ConcatDataset):
-        return [size for part in dataset.datasets for size in latent_sizes(part)]
+        return np.concatenate([latent_sizes(part) for part in dataset.datasets])
     sizes = getattr(dataset, "latent_sizes", None)
     if sizes is None:
         raise ConfigError(
             f"{type(dataset).__name__} does not say how large its clips are, so rows cannot be planned: it needs a "
             "method latent_sizes() -> [(frames, rows, columns)], or leave data.params.pack out"
         )
-    return sizes()
+    return np.asarray(sizes(), dtype=np.int64).reshape(-1, 3)
 
 
 @dataclass(frozen=True)
@@ -93,17 +124,22 @@ class TokenCount:
         patch = params_of(config["model"], "network_config").get("patch_size", [1, 2, 2])
         return cls((1, patch, patch) if isinstance(patch, int) else tuple(patch), text_length(config["model"]))
 
-    def __call__(self, size: LatentSize) -> int:
-        (t, h, w), (o, p, q) = size, self.patch_size
-        return self.text_length + -(-t // o) * (h // p) * (w // q)
+    def __call__(self, sizes: np.ndarray) -> np.ndarray:
+        """Of each clip; sizes: (..., 3) latent frames, rows and columns."""
+        return self.text_length + -(-sizes[..., 0] // self.patch_size[0]) * self._of_frame(sizes)
 
-    def longest(self, size: LatentSize, max_tokens: int) -> int:
-        """Most latent frames of a clip of that height and width that a row holds, at most its own."""
-        o, p, q = self.patch_size
-        per_frame = (size[1] // p) * (size[2] // q)
-        return min(size[0], (max_tokens - self.text_length) // per_frame * o) if per_frame else size[0]
+    def longest(self, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
+        """Most latent frames of clips of these heights and widths that a row holds, at most their own."""
+        per_frame = self._of_frame(sizes)
+        room = (max_tokens - self.text_length) // np.maximum(per_frame, 1) * self.patch_size[0]
+        return np.where(per_frame > 0, np.minimum(sizes[..., 0], room), sizes[..., 0])
+
+    def _of_frame(self, sizes: np.ndarray) -> np.ndarray:
+        return (sizes[..., 1] // self.patch_size[1]) * (sizes[..., 2] // self.patch_size[2])
 
 
+WHOLE = -1
+"""Of a clip that is not cut."""
 OrderMaker = Callable[[Numbers, Numbers | None], SampleOrder]
 """The clips that are kept (numbers, rising) and the tokens of each -> the order in which a run reads them."""
 
@@ -115,29 +151,29 @@ class RowPlan:
         self,
         kind: str,
         args: PlanArgs,
-        sizes: Sequence[LatentSize],
+        sizes: np.ndarray,
         count: TokenCount,
         hidden_size: int,
         rows_per_step: int,
         make_order: OrderMaker,
     ) -> None:
         self.packed, self.args, self.count = kind == "pack", args, count
-        kept, cut = _fit(sizes, args, count)
-        self.num_cut, self.num_dropped = sum(cut), len(sizes) - len(kept)
-        if not kept:
-            smallest = min(count((1, h, w)) for _, h, w in sizes)
+        frames = count.longest(sizes, args.max_tokens)
+        is_cut = frames < sizes[:, 0]
+        is_kept = (frames >= 1) & ~is_cut if args.too_long == "drop" else frames >= 1
+        self.num_cut, self.num_dropped = int((is_kept & is_cut).sum()), int((~is_kept).sum())
+        if not is_kept.any():
+            smallest = int((count(sizes * [0, 1, 1] + [1, 0, 0])).min())
             raise DataError(
                 f"max_tokens {args.max_tokens:,} holds no clip: the smallest has {smallest:,} tokens in its first "
                 f"frame; raise data.params.{kind}.max_tokens"
             )
-        self.indices = np.array([index for index, _ in kept], dtype=np.int64)
-        self.sizes = [size for _, size in kept]
-        self.limits = dict.fromkeys({*range(len(sizes))}.difference(self.indices.tolist()), 0)
-        """Latent frames of each clip that is cut, 0 of those that are left out."""
-        self.limits.update({index: size[0] for (index, size), is_cut in zip(kept, cut) if is_cut})
-        lengths = [count(size) for size in self.sizes]
+        self.indices = np.flatnonzero(is_kept)
+        self.sizes = np.column_stack([frames, sizes[:, 1:]])[is_kept]
+        self._limits = np.where(is_kept, np.where(is_cut, frames, WHOLE), 0)
+        lengths = count(self.sizes)
         order = make_order(self.indices, lengths)
-        options = (args.max_tokens, rows_per_step, order, CostModel(hidden_size), args.balance)
+        options = (args.max_tokens, rows_per_step, order, CostModel(hidden_size))
         self.planner: Planner
         if self.packed:
             self.planner = PackingPlanner(lengths, *options)
@@ -145,6 +181,12 @@ class RowPlan:
             self.planner = BucketPlanner(lengths, self.sizes, *options)
         self.lengths_by_index = np.full(len(sizes), np.iinfo(np.int64).max)
         self.lengths_by_index[self.indices] = lengths
+
+    @property
+    def limits(self) -> dict[int, int]:
+        """Latent frames of each clip that is cut, 0 of those that are left out."""
+        changed = np.flatnonzero(self._limits != WHOLE)
+        return dict(zip(changed.tolist(), self._limits[changed].tolist()))
 
     def summary(self) -> str:
         """One line for the log."""
@@ -163,21 +205,6 @@ class RowPlan:
     def order(self, dp_rank: int, dp_size: int, rows_per_pass: int, start_step: int, end_step: int) -> "PlannedOrder":
         """What a rank reads of the steps start_step .. end_step - 1."""
         return PlannedOrder(self, dp_rank, dp_size, rows_per_pass, start_step, end_step)
-
-
-def _fit(
-    sizes: Sequence[LatentSize], args: PlanArgs, count: TokenCount
-) -> tuple[list[tuple[int, LatentSize]], list[bool]]:
-    """(number, size as planned) of the clips that fit a row, and whether each of them was cut."""
-    kept, cut = [], []
-    for index, size in enumerate(sizes):
-        frames = count.longest(size, args.max_tokens)
-        is_cut = frames < size[0]
-        if frames < 1 or (is_cut and args.too_long == "drop"):
-            continue
-        kept.append((index, (frames, *size[1:])))
-        cut.append(is_cut)
-    return kept, cut
 
 
 class PlannedOrder:
@@ -211,7 +238,7 @@ class PlannedOrder:
                 step=number,
                 place=places[counter],
                 num_samples=step.num_samples,
-                latent_frames=self.plan.sizes[index][0],
+                latent_frames=int(self.plan.sizes[index][0]),
                 weight=float(num_passes * (lengths[index] if by_token else 1) / whole),
             )
             for row in rows

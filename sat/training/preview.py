@@ -27,17 +27,20 @@ def clip_params(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _largest_clip(config: Mapping[str, Any]) -> tuple[VideoSizes | None, Mapping[str, Any]]:
     """(sizes, params of the set)"""
-    found = [(_sizes_of(config, params), params) for params in _sets_of(config)]
+    found = [(_sizes_of(config, params), params) for params in data_sets(config)]
     return max(found, key=lambda one: 0 if one[0] is None else one[0].num_frames * one[0].height * one[0].width)
 
 
-def _sets_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The params of the data section, or of each set where it is a mixture."""
+def data_sets(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The params of the data section, or of each set that is drawn from where it is a mixture."""
     params = params_of(config, "data")
     sets = params.get("sets")
     if not isinstance(sets, Mapping):
         return [params]
-    return [params_of(sets, name) for name, node in sets.items() if isinstance(node, Mapping)] or [params]
+    amounts = params.get("weights") or params.get("repeats")
+    left_out = {name for name, amount in amounts.items() if amount == 0} if isinstance(amounts, Mapping) else ()
+    nodes = {name: node for name, node in sets.items() if isinstance(node, Mapping) and name not in left_out}
+    return [params_of(sets, name) for name in nodes] or [params]
 
 
 def _sizes_of(config: Mapping[str, Any], data: Mapping[str, Any]) -> VideoSizes | None:
@@ -96,7 +99,7 @@ def check_numbers(config: ConfigNode) -> None:
     encoder = params_of(params_of(model, "first_stage_config"), "encoder_config")
     _check_heads(network)
     _check_equal(encoder, "z_channels", network, "out_channels")
-    for data in _sets_of(config):
+    for data in data_sets(config):
         _check_equal(data, "channels", network, "out_channels")
         _check_latent_sides(network, data)
 
@@ -172,7 +175,7 @@ def derived_lines(config: ConfigNode) -> list[str]:
     network = params_of(model_parts(config), "network_config")
     t, h, w = sizes.grid
     keeps_ratio = clip_params(config).get("size_mode") == "keep"
-    what = "clip" if len(_sets_of(config)) == 1 else "largest clip of the mixture"
+    what = "clip" if len(data_sets(config)) == 1 else "largest clip of the mixture"
     lines = [
         f"{what}: {sizes.num_frames} frames of {sizes.height}x{sizes.width} pixels"
         + (" or, at each clip's own aspect ratio, of about this area" if keeps_ratio else ""),

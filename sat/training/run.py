@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sat.cogvideox.engine import NETWORK_PREFIX
 from sat.cogvideox.start import start_from_text_to_video
 from sat.config import ConfigNode
 from sat.data.quarantine import Quarantine
@@ -26,17 +27,18 @@ from sat.training.adapters import lora_alpha
 from sat.training.args import deepspeed_config, train_args
 from sat.training.caches import Caches, check_cache
 from sat.training.checkpoint import CheckpointPath, find_checkpoint, fit_weights, load_parts
-from sat.training.data import TrainingData, ValidationData, check_sources
-from sat.training.fit import check_model
+from sat.training.data import TrainingData, ValidationData, check_plan, check_sources
+from sat.training.fit import changes_from, check_model
 from sat.training.health import Health, HealthOptions
 from sat.training.identity import deciding_values, describe_run, digest
-from sat.training.layout import build_parallel_state
+from sat.training.layout import build_parallel_state, check_layout
 from sat.training.lock import RunLock
 from sat.training.lr import LearningRate
 from sat.training.metrics import MetricsWriter
 from sat.training.mix import RealisedMix
 from sat.training.optim import optimizer_class
 from sat.training.optimizer_state import StoredState
+from sat.training.positions import TableChange, changed, trained_network
 from sat.training.preview import check_numbers, clip_sizes
 from sat.training.resume import Start, find_start, lock_run, open_weights, read_training_state, set_back
 from sat.training.resume_check import Circumstances, LossRecord, check_losses, gather_losses
@@ -73,15 +75,22 @@ class Job:
         start = find_start(train_args(self.config), self.decides, self.launch, self.resources)
         left = stages_left(self.stages, start.step)
         for stage in left[1:]:  # they may be days away
-            check_ahead(stage)
+            check_ahead(stage, self.launch)
         return start, left
 
 
-def check_ahead(stage: Stage) -> None:
-    """Raise what would stop a stage when its turn comes: files that it reads and that are not there."""
-    check_files(stage.config)
-    check_cache(stage.config, stage.args)
-    check_sources(stage.config, stage.args)
+def check_ahead(stage: Stage, launch: Launch) -> None:
+    """Raise what would stop a stage when its turn comes: files that are not there, its layout, its batch, its rows."""
+    config, args = stage.config, stage.args
+    check_files(config)
+    check_cache(config, args)
+    check_sources(config, args)
+    dp_size = check_layout(config, args, launch.world_size)
+    sizes = deepspeed_config(config, args, dp_size, launch.device.type)
+    optimizer_class(sizes.optimizer)
+    check_with_deepspeed(config["deepspeed"], sizes, launch)
+    rows = sizes.micro_batch_size * sizes.grad_accum_steps * dp_size
+    check_plan(config, args, stage.seed, rows, sizes.micro_batch_size)
 
 
 class Run:
@@ -98,6 +107,8 @@ class Run:
         self.start_step = start.step
         self.is_new_stage = stage.begins_at(start.step)
         checkpoint = start.checkpoint or self._weights_to_start_from()
+        former = self._former_network(checkpoint)
+        self.table_changes: dict[str, TableChange] = {}
         lease = resources.enter_context(ExitStack())
         if checkpoint is not None:
             lease.enter_context(reading(checkpoint.path))
@@ -106,7 +117,7 @@ class Run:
         dp_rank, dp_size = self.parallel.rank("dp"), self.parallel.size("dp")
         self.deepspeed = deepspeed_config(config, self.args, dp_size, launch.device.type)
         self.global_batch_size = self.deepspeed.micro_batch_size * self.deepspeed.grad_accum_steps * dp_size
-        self._check_before_building(checkpoint)
+        self._check_before_building(checkpoint, former)
         sizes = (self.global_batch_size, self.deepspeed.micro_batch_size, dp_rank, dp_size)
         self.data = TrainingData(config, self.args, self.seed, *sizes)
         self.last_step = stage.first_step + self.data.total_steps
@@ -118,7 +129,7 @@ class Run:
         torch.manual_seed(self.seed)
         self.system = build_system(config, self.args)
         if checkpoint is not None:
-            self._load_weights(checkpoint)
+            self._load_weights(checkpoint, former)
         lease.close()
         self.system.to(launch.device)
         self._use_caches()
@@ -180,6 +191,14 @@ class Run:
             return None
         return open_weights(self.args.load, self.args.weights)
 
+    def _former_network(self, checkpoint: CheckpointPath | None) -> ConfigNode | None:
+        """The network_config that the weights were trained with, where that may be another than the stage's own."""
+        if self.is_new_stage:
+            return self.job.stages[self.stage.number - 1].config["model"].get("network_config")
+        if checkpoint is None or checkpoint is self.start.checkpoint or "target" in self.stage.config["model"]:
+            return None
+        return trained_network(checkpoint)
+
     def _may_miss(self, rule: Callable[[str], bool]) -> Callable[[str], bool]:
         """Which weights may be missing in what is loaded: in a new run those that the model's rule names."""
         if self.start.checkpoint is not None:
@@ -190,12 +209,12 @@ class Run:
         """Whether the weights that are loaded are to be completed; those that a run saves are complete."""
         return self.args.from_text_to_video and self.start.checkpoint is None
 
-    def _check_before_building(self, checkpoint: CheckpointPath | None) -> None:
+    def _check_before_building(self, checkpoint: CheckpointPath | None, former: ConfigNode | None) -> None:
         """Stop on what can be known to be wrong before the minutes that a large model takes to build."""
         config = self.stage.config
         if checkpoint is not None:
             may_miss = self._may_miss(DiffusionSystem.may_miss)
-            check_model(config, checkpoint, may_miss, self._is_from_text_to_video())
+            check_model(config, checkpoint, may_miss, self._is_from_text_to_video(), former)
         check_files(config)
         check_cache(config, self.args)
         optimizer_class(self.deepspeed.optimizer)
@@ -229,11 +248,14 @@ class Run:
             self.validation.read_through(caches.complete)
         caches.free_encoders(engine, is_sampled=self.args.log_sample > 0)
 
-    def _load_weights(self, checkpoint: CheckpointPath) -> None:
+    def _load_weights(self, checkpoint: CheckpointPath, former: ConfigNode | None) -> None:
         parts = [self.system.rename(part) for part in load_parts(checkpoint)]
         if self._is_from_text_to_video():
             own = self.system.trained.state_dict()
             parts = [start_from_text_to_video(part, own, str(checkpoint.path)) for part in parts]
+        if isinstance(self.system, DiffusionSystem):
+            self.table_changes = changes_from(former, self.system.engine.network)
+            parts = [changed(part, self.table_changes, str(checkpoint.path)) for part in parts]
         may_miss = self._may_miss(self.system.may_miss)
         missing = fit_weights(
             self.system.trained, parts, str(checkpoint.path), self.system.describe, may_miss, self.parallel
@@ -255,7 +277,8 @@ class Run:
         if self.stage.keeps_optimizer or not self.is_new_stage:
             stored = StoredState(checkpoint.path)
             self.stepper.allocate_state(stored.tensor_kinds, stored.number_kinds)
-            stored.fill(self.stepper.fragments(), shard_rules(self.stepper.module), self.parallel)
+            changes = {f"{NETWORK_PREFIX}{name}": change for name, change in self.table_changes.items()}
+            stored.fill(self.stepper.fragments(), shard_rules(self.stepper.module), self.parallel, changes)
             self.stepper.load_scaler_state(state["loss_scaler"])
         if not self.is_new_stage:  # whose losses are others: those before say nothing of them
             self.health.load_state(state["health"])

@@ -12,7 +12,7 @@ A stage is the whole configuration with what it says laid over. It begins with t
 the end of the one before, which is a checkpoint of the run (CogVideoX, arXiv:2408.06072, sec. 3.1).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -21,7 +21,7 @@ from typing import Any
 from sat.config import SECTIONS, STAGES, ConfigNode, did_you_mean, merge
 from sat.errors import ConfigError
 from sat.training.args import TrainArgs, train_args
-from sat.training.preview import PLANS, derived_lines
+from sat.training.preview import PLANS, data_sets, derived_lines, params_of
 
 KEYS = ("name", "keep_optimizer", *SECTIONS)
 OF_THE_RUN = (
@@ -138,29 +138,33 @@ def _laid_over(config: ConfigNode, node: ConfigNode) -> ConfigNode:
 
 def _check_growth(before: Stage, after: Stage) -> None:
     """Clips grow from stage to stage: one that asks for smaller ones has its numbers in the wrong place."""
-    for what, (old, new) in {
-        "data.params.video_size": _both(before, after, "video_size"),
-        "data.params.max_num_frames": _both(before, after, "max_num_frames"),
-        "max_tokens": (_max_tokens(before), _max_tokens(after)),
-    }.items():
-        if old is not None and new is not None and _size(new) < _size(old):
+    own = _sizes(after)
+    for what, old in _sizes(before).items():
+        new = own.get(what)
+        if new is not None and _size(new) < _size(old):
             raise ConfigError(
                 f"stage {after.name!r} shrinks: its {what} is {new}, that of {before.name!r} before it {old}; put them "
                 "in the order of their size"
             )
 
 
-def _both(before: Stage, after: Stage, key: str) -> tuple[Any, Any]:
-    return _data_params(before).get(key), _data_params(after).get(key)
-
-
-def _data_params(stage: Stage) -> Mapping[str, Any]:
-    return stage.config["data"].get("params") or {}
-
-
-def _max_tokens(stage: Stage) -> int | None:
-    """Of the rows, where rows are planned."""
-    return next((plan.get("max_tokens") for name in PLANS if (plan := _data_params(stage).get(name))), None)
+def _sizes(stage: Stage) -> dict[str, int | Sequence[int]]:
+    """What says how large a stage's clips and rows are; of several sets each the largest."""
+    found: dict[str, list[Any]] = {}
+    for params in data_sets(stage.config):
+        for key in ("video_size", "max_num_frames"):
+            if params.get(key) is not None:
+                found.setdefault(f"data.params.{key}", []).append(params[key])
+        for frames, *sides in params.get("sizes") or [[params.get(key) for key in ("num_frames", "height", "width")]]:
+            if frames is not None:
+                found.setdefault("data.params.num_frames", []).append(frames)
+            if None not in sides:
+                found.setdefault("data.params' height and width", []).append(sides)
+    data = params_of(stage.config, "data")
+    budgets = [data[name].get("max_tokens") for name in PLANS if data.get(name)]
+    if budgets and budgets[0] is not None:
+        found["max_tokens"] = budgets[:1]
+    return {what: max(values, key=_size) for what, values in found.items()}
 
 
 def _size(value: int | Sequence[int]) -> int:

@@ -20,13 +20,13 @@ MIXED: list[Size] = [(4, 6, 8), (2, 2, 4), (2, 8, 6), (4, 2, 2)]
 LORA = {"lora_config": {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4}}}
 
 
-def make_clips(form: str, sizes: list[Size]) -> dict[str, Any]:
+def make_clips(form: str, sizes: list[Size], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(4)
     channels = FORMS[form]["in_channels"]
     inputs: dict[str, Any] = {
-        "x": [torch.randn(t, channels, h, w, generator=generator).double() for t, h, w in sizes],
+        "x": [torch.randn(t, channels, h, w, generator=generator).to(dtype) for t, h, w in sizes],
         "timesteps": torch.randint(0, 1000, (len(sizes),), generator=generator),
-        "context": torch.randn(len(sizes), TEXT_LENGTH, TEXT_WIDTH, generator=generator).double(),
+        "context": torch.randn(len(sizes), TEXT_LENGTH, TEXT_WIDTH, generator=generator).to(dtype),
     }
     if "ofs_embed_dim" in FORMS[form]:
         inputs["ofs"] = torch.full((len(sizes),), 2.0)
@@ -44,7 +44,7 @@ def alone(network: Any, inputs: dict[str, Any]) -> list[Tensor]:
 
 def loss_of(outputs: list[Tensor]) -> Tensor:
     generator = torch.Generator().manual_seed(6)
-    losses = [(out - torch.randn(out.shape, generator=generator).double()).square().mean() for out in outputs]
+    losses = [(out - torch.randn(out.shape, generator=generator).to(out)).square().mean() for out in outputs]
     return torch.stack(losses).mean()
 
 
@@ -55,14 +55,20 @@ def run(network: Any, outputs: list[Tensor]) -> tuple[list[Tensor], dict[str, Te
     return [output.detach() for output in outputs], gradients
 
 
-def compare(form: str, sizes: list[Size], **options: Any) -> float:
+def is_nothing(form: str, name: str) -> bool:
+    """Whether a gradient is rounding of zero: without rotary positions softmax does not see what all keys share."""
+    return form == "2B" and "key_layernorm" in name and name.endswith("bias")
+
+
+def compare(form: str, sizes: list[Size], dtype: torch.dtype = torch.float64, **options: Any) -> float:
     """Worst difference of an output or gradient, relative to its largest entry."""
-    network = build(form, **options).double()
-    inputs = make_clips(form, sizes)
+    network = build(form, **options).to(dtype)
+    inputs = make_clips(form, sizes, dtype)
     expected, expected_gradients = run(network, alone(network, inputs))
     packed, gradients = run(network, network(**inputs))
     assert gradients.keys() == expected_gradients.keys()
-    pairs = [*zip(packed, expected), *((gradients[name], value) for name, value in expected_gradients.items())]
+    named = [name for name in gradients if dtype == torch.float64 or not is_nothing(form, name)]
+    pairs = [*zip(packed, expected), *((gradients[name], expected_gradients[name]) for name in named)]
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in pairs)
 
 
@@ -70,6 +76,7 @@ def compare(form: str, sizes: list[Size], **options: Any) -> float:
 def test_clips_in_a_row_equal_each_alone(form: str) -> None:
     # 2B and 5B-I2V store positions for one grid: other grids have theirs computed or interpolated, packed or not.
     assert compare(form, MIXED) < 1e-10
+    assert compare(form, MIXED, torch.float32) < 1e-5  # measured 2.7e-6
 
 
 @pytest.mark.parametrize(

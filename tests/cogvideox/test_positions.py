@@ -103,3 +103,13 @@ def test_a_learned_table_is_trained_at_another_grid_too() -> None:
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(ConfigError, match="positions is 'stretch'; give slice or interpolate"):
         build("5B", extra_modules=rotary(positions="stretch"))
+
+
+@pytest.mark.parametrize("form", ["2B", "5B-I2V"])
+def test_more_text_than_the_table_holds_is_refused(form: str) -> None:
+    inputs = make_inputs(form)
+    inputs["context"] = torch.cat([inputs["context"], inputs["context"]], dim=1)
+    with pytest.raises(
+        ConfigError, match=r"holds 7 text tokens, not 14; set text_length of pos_embed_config and max_l"
+    ):
+        build(form)(**inputs)

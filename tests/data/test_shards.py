@@ -89,7 +89,7 @@ def assert_like_files(folder: Path, source: str) -> None:
         (folder / "files" / f"{number}.txt").write_text(f"clip number {number}")
     settings = {**SETTINGS, "short_clips": "keep", "max_num_frames": 17, "read_headers": True}
     files, packed = SFTDataset(folder / "files", **settings), SFTDataset(source, **settings)
-    assert packed.latent_sizes() == files.latent_sizes() and len(packed) == 4
+    assert packed.latent_sizes().tolist() == files.latent_sizes().tolist() and len(packed) == 4
     for number in range(4):
         own, other = packed[number], files[number]
         torch.testing.assert_close(own.pop("pixels"), other.pop("pixels"), rtol=0, atol=0)
@@ -166,7 +166,7 @@ def test_latents_in_shards(tmp_path: Path, kind: str) -> None:
     content = safetensors.torch.save({"moments": moments}) if kind == "safetensors" else array.getvalue()
     members: dict[str, bytes | str] = {"a.mp4": b"beside", f"a.{kind}": content, "a.txt": "text", "a.fps": "16"}
     dataset = LatentShards(str(write_shard(tmp_path / "a.tar", members)))
-    assert dataset.latent_sizes() == [(3, 4, 6)]
+    assert dataset.latent_sizes().tolist() == [[3, 4, 6]]
     item = dataset[0]
     torch.testing.assert_close(item.pop("moments"), moments, rtol=0, atol=0)
     assert item == {"caption": "text", "key": "a.tar/a", "fps": 16.0, "num_frames": 9}

@@ -59,10 +59,10 @@ def losses(folder: Path, *words: str, world: int = 1) -> list[tuple[Any, ...]]:
 # --- equal numbers ---------------------------------------------------------------------------------------------------
 
 MIXED = ("data.params.short_clips=keep", "data.params.read_headers=true")
-PACK = (*MIXED, "data.params.pack={max_tokens: 60, balance: 1}")
-CUT = (*MIXED, "data.params.pack={max_tokens: 24, balance: 1}")
+PACK = (*MIXED, "data.params.pack={max_tokens: 60}")
+CUT = (*MIXED, "data.params.pack={max_tokens: 24}")
 """Rows of 24 tokens hold two of a clip's three latent frames, 4 tokens each, beside 16 of text."""
-BUCKET = (*MIXED, "data.params.bucket={max_tokens: 60, balance: 1}")
+BUCKET = (*MIXED, "data.params.bucket={max_tokens: 60}")
 _SET = "target: data_video.SFTDataset, params: {data_dir: CLIPS, video_size: [32, 32], fps: 8, skip_frms_num: 0, "
 MIXTURE = (
     f"data={{target: sat.data.mixture.Mixture, params: {{weights: {{a: 1, b: 2}}, sets: {{"

@@ -1,5 +1,6 @@
 """The datasets of a run: from the data section and the paths of the args section."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sat.data.dataset import SFTDataset
 from sat.errors import ConfigError, DataError
 from sat.training.args import train_args
 from sat.training.data import TrainingData, ValidationData, build_dataset, check_sources
+from sat.training.plan import take_plan
 from tests.tiny import tiny_config
 from tests.training.test_loop import clip_set
 
@@ -118,3 +120,33 @@ def test_bad_validation_clips_are_replaced_and_named_once(
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith(
         "bad validation clip set/videos/1.mp4 replaced: "
     )
+
+
+def planned_sizes(*words: str) -> list[int]:
+    """Latent frames of each clip of a training set whose rows are planned."""
+    config = tiny_config("data={target: data_video.SFTDataset, params: {fps: 8}}", "args.train_iters=1", *words)
+    data = TrainingData(config, train_args(config), 7, 1, 1, dp_rank=0, dp_size=1)
+    assert data.plan is not None
+    return [size[0] for size in data.plan.sizes]
+
+
+@pytest.mark.parametrize("kind", ["pack", "bucket"])
+def test_images_are_one_frame_where_rows_are_planned(tmp_path: Path, kind: str) -> None:
+    """And a short clip is as long as it is; nothing is opened to plan."""
+    rows = [
+        {"video": "a.png", "num_frames": 1},
+        {"video": "b.mp4", "num_frames": 5},
+        {"video": "c.mp4", "num_frames": 40},
+    ]
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("\n".join(json.dumps({**row, "fps": 8, "caption": "a clip"}) for row in rows))
+    params = f"video_size: [32, 32], max_num_frames: 9, fps: 8, skip_frms_num: 0, data_dir: {manifest}"
+    rule = f"{kind}: {{max_tokens: 60}}"
+    assert planned_sizes(f"data.params={{{params}, {rule}}}") == [1, 2, 3]
+    assert planned_sizes(f"data.params={{{params}, {rule}, short_clips: pad}}") == [3, 3, 3]
+    target = "target: data_video.SFTDataset, params:"
+    sets = f"a: {{{target} {{{params}}}}}, b: {{{target} {{{params}, short_clips: pad}}}}"
+    mixture = f"data={{target: sat.data.mixture.Mixture, params: {{sets: {{{sets}}}, {rule}}}}}"
+    assert planned_sizes(mixture) == [1, 2, 3, 3, 3, 3]
+    plain, *_ = take_plan(load_config([], [f"data={{{target} {{{params}}}}}"])["data"])
+    assert "short_clips" not in plain["params"]  # batches of clips need one length

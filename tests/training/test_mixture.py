@@ -35,7 +35,7 @@ MIXTURE = (
     f"clips: {{{LATENTS}, params: {{num_samples: 20, num_frames: 3, {SHAPE}, "
     "sizes: [[3, 4, 4], [5, 4, 4], [2, 4, 4]]}}}, weights: {images: 0.5, clips: 0.5}}}"
 )
-PACK = "data.params.pack={max_tokens: 70, balance: 2}"
+PACK = "data.params.pack={max_tokens: 70}"
 COMMON = (MIXTURE, f"args.train_iters={STEPS}", "args.global_batch_size=4", f"args.save_interval={STEPS}")
 LOSS_RTOL = 1e-5
 """As in the other tests of layouts: the worst seen is 2e-7."""

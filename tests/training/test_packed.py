@@ -21,7 +21,7 @@ COMMON = (
     "model.network_config.params.num_attention_heads=3",
     MIXED,
 )
-PACK = "data.params.pack={max_tokens: 70, balance: 2}"
+PACK = "data.params.pack={max_tokens: 70}"
 LOSS_RTOL = 1e-5
 
 
@@ -154,7 +154,7 @@ def test_every_form_of_the_model(tmp_path: Path, form: str) -> None:
 def test_packed_rows_train_as_single_clips_do(tmp_path: Path) -> None:
     """One row a step that holds one clip each: a plan of single clips is plain training with batches of one."""
     one = ("args.global_batch_size=1", "data.params.sizes=[[3, 4, 4]]")
-    packed = train(tmp_path / "packed", Layout(), *one, "data.params.pack={max_tokens: 28, balance: 1}")
+    packed = train(tmp_path / "packed", Layout(), *one, "data.params.pack={max_tokens: 28}")
     plain = train(tmp_path / "plain", Layout(), *one)
     assert numbers(packed, "tokens").tolist() == numbers(plain, "tokens").tolist()
     torch.testing.assert_close(numbers(packed), numbers(plain), rtol=LOSS_RTOL, atol=0.0)
@@ -167,7 +167,7 @@ def test_the_loss_of_tokens_weighs_long_clips_more(reference: Path, tmp_path: Pa
 
 
 def test_buckets_train_the_same_at_two_processes(tmp_path: Path) -> None:
-    bucket = "data.params.bucket={max_tokens: 70, balance: 2}"
+    bucket = "data.params.bucket={max_tokens: 70}"
     one = train(tmp_path / "one", Layout(), bucket)
     assert_equal(train(tmp_path / "two", Layout(dp=2), bucket, stage=2), one)
     assert load_weights(one)

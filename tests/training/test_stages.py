@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from sat.cogvideox.mixins import sincos_table_3d
 from sat.config import load_config, load_yaml
 from sat.errors import ConfigError
 from sat.training.checkpoint import load_weights
@@ -79,6 +81,77 @@ def test_the_optimizer_is_forgotten_where_a_stage_says_so(reference: Path, tmp_p
     run = train(tmp_path, "stages.1.keep_optimizer=false")
     assert losses(run)[:4] == losses(reference)[:4]  # the fourth is that of the weights as they were
     assert losses(run)[4] != losses(reference)[4]
+
+
+FORMS = {
+    "2B": (
+        "model.network_config.params.modules.pos_embed_config="
+        "{target: dit_video_concat.Basic3DPositionEmbeddingMixin, params: {text_length: 16}}",
+    ),
+    "5B-I2V": (
+        "model.network_config.params.modules.pos_embed_config.params.learnable_pos_embed=true",
+        "model.network_config.params.in_channels=32",
+        "model.noised_image_input=true",
+    ),
+}
+"""Those that store positions for one grid."""
+TABLE = "model.diffusion_model.mixins.pos_embed.pos_embedding"
+GROWN = (
+    "data: {params: {num_frames: 4, height: 6, width: 6}}, model: {"
+    "conditioner_config: {params: {emb_models: [{input_key: txt, target: sat.conditioning.text.ByteEmbedder, "
+    "params: {width: 32, max_length: 20}}]}}, network_config: {params: {num_frames: 13, latent_height: 6, "
+    "latent_width: 6, modules: {pos_embed_config: {params: {text_length: 20}}}}}}"
+)
+"""Grid 3 x 2 x 2 -> 4 x 3 x 3, and more text."""
+
+
+def at_the_grown_grid(form: str, table: torch.Tensor) -> torch.Tensor:
+    """A table, or a moment of it, by the rule of other grids."""
+    text, video = table.view(1, -1, 32).split([16, 12], dim=1)
+    if form == "2B":
+        grown = sincos_table_3d((4, 3, 3), 32).unsqueeze(0)
+    else:
+        volume = video.view(1, 3, 2, 2, 32).permute(0, 4, 1, 2, 3)
+        grown = F.interpolate(volume, size=(4, 3, 3), mode="trilinear", align_corners=True)
+        grown = grown.permute(0, 2, 3, 4, 1).reshape(1, 36, 32)
+    return torch.cat([text, torch.zeros(1, 4, 32), grown], dim=1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stored_positions_follow_the_grid_of_a_stage(form: str, tmp_path: Path) -> None:
+    """The second stage has other sides, frames and text; its one step has no learning rate and no gradient."""
+    stages = (
+        f"stages=[{{args: {{train_iters: 3}}}}, {{args: {{train_iters: 1}}, {GROWN}, deepspeed: {{"
+        "gradient_clipping: 1.0e-30, optimizer: {params: {lr: 0}}}}]"
+    )
+    options = ("deepspeed.train_micro_batch_size_per_gpu=1", "data.params.num_frames=3", f"args.save={tmp_path}")
+    run_ranks(train_on_rank, 2, (*COMMON, *FORMS[form], stages, *options))
+    run = only_run(tmp_path)
+    first, second = (load_weights(run / step / "mp_rank_00_model_states.pt") for step in ("3", "4"))
+    assert first.keys() == second.keys() and TABLE in first
+    assert all(torch.equal(first[name], second[name]) for name in first if name != TABLE)
+    assert torch.equal(second[TABLE], at_the_grown_grid(form, first[TABLE]))
+    before, after = StoredState(run / "3"), StoredState(run / "4")
+    moment = before.whole(TABLE, "exp_avg", 0)
+    assert (moment is None) == (form == "2B")  # a fixed table is not trained
+    if moment is not None:
+        assert moment.view(-1, 32)[16:].any(dim=1).all() and first[TABLE].any()
+        expected = 0.9 * at_the_grown_grid(form, moment).flatten()
+        torch.testing.assert_close(after.whole(TABLE, "exp_avg", 0), expected, rtol=1e-6, atol=1e-30)
+    if form == "5B-I2V":
+        finetune(tmp_path, run, second[TABLE])
+
+
+def finetune(folder: Path, run: Path, expected: torch.Tensor) -> None:
+    """A new run from the first stage's checkpoint, at the grid of the second."""
+    words = load_config([run / "training_config.yaml"])["model"].plain()  # of the second stage
+    options = (f"args.load={run / '3'}", "args.mode=finetune", "args.train_iters=1", f"args.save={folder / 'tuned'}")
+    still = (
+        "deepspeed.optimizer.params.lr=0",
+        "data.params={num_samples: 9, num_frames: 4, channels: 16, height: 6, width: 6}",
+    )
+    run_ranks(train_on_rank, 1, (*COMMON, f"model={json.dumps(words)}", *options, *still))
+    assert torch.equal(load_weights(only_run(folder / "tuned"))[TABLE], expected)
 
 
 @pytest.mark.parametrize("step", [2, 3, 6, 7, 8])
@@ -172,6 +245,31 @@ def records_so_far(folder: Path) -> list[str]:
             ],
             "stage '2' shrinks: its max_tokens is 50, that of '1' before it 60",
         ),
+        (
+            [
+                "args.save=x",
+                "stages=[{args: {train_iters: 2}}, {args: {train_iters: 2}, data: {params: {num_frames: 2}}}]",
+            ],
+            "stage '2' shrinks: its data.params.num_frames is 2, that of '1' before it 3",
+        ),
+        (
+            [
+                "args.save=x",
+                "stages=[{args: {train_iters: 2}, data: {params: {sizes: [[1, 4, 4], [3, 4, 6]]}}},"
+                "{args: {train_iters: 2}, data: {params: {sizes: [[3, 4, 4], [1, 2, 2]]}}}]",
+            ],
+            r"stage '2' shrinks: its data.params' height and width is \[4, 4\], that of '1' before it \[4, 6\]",
+        ),
+        (
+            [
+                "args.save=x",
+                "data={target: sat.data.mixture.Mixture, params: {repeats: {a: 1, b: 0}, sets: {"
+                "a: {target: data_video.SFTDataset, params: {video_size: [32, 32], max_num_frames: 9, fps: 8}},"
+                "b: {target: data_video.SFTDataset, params: {video_size: [32, 32], max_num_frames: 17, fps: 8}}}}}",
+                "stages=[{args: {train_iters: 2}, data: {params: {repeats: {a: 1, b: 1}}}}, {args: {train_iters: 2}}]",
+            ],
+            "stage '2' shrinks: its data.params.max_num_frames is 9, that of '1' before it 17",
+        ),
     ],
 )
 def test_stages_that_make_no_sense_are_refused(words: list[str], message: str) -> None:
@@ -197,11 +295,21 @@ def test_the_numbers_of_a_later_stage_are_checked_before_the_first_one_runs(tmp_
             "target: sgm.modules.encoders.modules.FrozenT5Embedder, params: {model_dir: NOWHERE, max_length: 16}}]}}}",
             "/nowhere",
         ),
+        ("global_batch_size: 3}", "args.global_batch_size 3 is not a multiple of 2"),
+        ("model_parallel_size: 2}", "1 processes do not divide into model_parallel_size 2"),
+        ("}, data: {params: {pack: {max_tokens: 10}}}", "max_tokens 10 holds no clip: the smallest has 20 tokens"),
+        ("}, data: {params: {bucket: {max_tokens: 90}}}", "with data.params.bucket a row is a batch of its own"),
+        ("}, deepspeed: {zero_optimization: {stag: 1}}", "unknown key .*stag.*did you mean 'stage'"),
+        (
+            "}, data: {target: data_video.SFTDataset, params: {data_dir: EMPTY, read_headers: true, "
+            "pack: {max_tokens: 16}}}",
+            "max_tokens is 16, and the text of a clip takes 16 tokens; raise it",
+        ),
     ],
-    ids=["data", "cache", "t5"],
+    ids=["data", "cache", "t5", "batch", "layout", "rows", "bucket", "deepspeed", "rows of clips to be opened"],
 )
 def test_what_a_later_stage_lacks_stops_the_first_one(tmp_path: Path, later: str, message: str) -> None:
-    later = later.replace("NOWHERE", str(tmp_path / "nowhere"))
+    later = later.replace("NOWHERE", str(tmp_path / "nowhere")).replace("EMPTY", str(tmp_path))
     stages = f"stages=[{{args: {{train_iters: 1}}}}, {{args: {{train_iters: 1, {later}}}]"
     with pytest.raises(AssertionError, match=message):
         run_ranks(train_on_rank, 1, (*COMMON, stages, f"args.save={tmp_path / 'runs'}"))
