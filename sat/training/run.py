@@ -40,7 +40,7 @@ from sat.training.preview import check_numbers, clip_sizes
 from sat.training.resume import Start, find_start, lock_run, open_weights, read_training_state, set_back
 from sat.training.resume_check import Circumstances, LossRecord, check_losses, gather_losses
 from sat.training.retention import Retention, reading
-from sat.training.run_dir import check_writable, make_run_dir, write_description
+from sat.training.run_dir import check_writable, make_run_dir, on_main, write_description
 from sat.training.samples import ValidationSamples
 from sat.training.saving import HostMemory, SaveOptions, Saver, Snapshot
 from sat.training.stages import Stage, plan_stages, stage_lines, stages_left
@@ -136,18 +136,15 @@ class Run:
         self.last_validation: dict[str, Any] | None = None
         if start.checkpoint is not None:
             self._continue_from(start.checkpoint)
-        if self.run_dir is not None and launch.is_main:
-            write_description(self.run_dir, job.config, config, self.system.sizes())
-            describe_run(self.run_dir, self.args.experiment_name, job.decides)
+        self.run_number = on_main(self._describe)
         self.lr = self._schedule()
         self.last_micro_batch: tuple[list[int], Any] = ([], None)
         self.samples = self._prepare_samples()
-        self.metrics = self._open_metrics()
+        self.metrics = on_main(self._open_metrics) or MetricsWriter(None)
         self.saver = self._open_saver()
         if self.saver is not None:
             resources.callback(self.saver.close)
-        report = self.run_dir / "quarantine.jsonl" if self.run_dir is not None and launch.is_main else None
-        self.quarantine = Quarantine(self.data.num_samples, report, self.args.max_bad_share)
+        self.quarantine = on_main(self._open_quarantine)
         self._log_start()
 
     def batches(self) -> Iterator[Mapping[str, Any]]:
@@ -261,8 +258,8 @@ class Run:
             if self.args.resume_check and state["check"] is not None:
                 saved = LossRecord.read(state["check"])
                 check_losses(saved, self._losses_again, self.parallel, self._circumstances())
-        if self.launch.is_main:
-            set_back(self.run_dir, checkpoint)
+        run_dir = self.run_dir
+        on_main(lambda: set_back(run_dir, checkpoint))
         begins = f"stage {self.stage.name} begins in" if self.is_new_stage else "continuing"
         log.info("%s %s after step %d", begins, self.run_dir, self.start_step)
 
@@ -344,9 +341,18 @@ class Run:
         where = (self.validation, self.parallel, self.job.seed, self.run_dir)
         return ValidationSamples(self.stage.config, count, self.system.engine, *where)
 
+    def _describe(self) -> int | None:
+        """Write what the run is found and rebuilt by; its number among those of its name."""
+        if self.run_dir is None:
+            return None
+        write_description(self.run_dir, self.job.config, self.stage.config, self.system.sizes())
+        return describe_run(self.run_dir, self.args.experiment_name, self.job.decides)
+
+    def _open_quarantine(self) -> Quarantine:
+        report = self.run_dir / "quarantine.jsonl" if self.run_dir is not None else None
+        return Quarantine(self.data.num_samples, report, self.args.max_bad_share)
+
     def _open_metrics(self) -> MetricsWriter:
-        if not self.launch.is_main:
-            return MetricsWriter(None)
         name = self.run_dir.name if self.run_dir is not None else self.args.experiment_name
         wandb = {"project": self.args.wandb_project_name, "name": name} if self.args.wandb else None
         return MetricsWriter(self.run_dir, self.start_step, self.args.summary_dir, wandb)
@@ -388,6 +394,7 @@ class Run:
             return
         started = time.perf_counter()
         state = {
+            "run": self.run_number,
             "step": step,
             "samples": (step - self.stage.first_step) * self.global_batch_size,
             "seed": self.job.seed,

@@ -13,9 +13,11 @@ import torch
 
 from sat.data.synthetic import SyntheticLatents
 from sat.training.checkpoint import load_weights, model_file
+from sat.weights.whole import checksum
 from tests.ranks import run_ranks
 from tests.tiny import only_run, records, train_on_rank
 from tests.training.crashes import Job
+from tests.training.test_identity import HARMS as RUN_FILE_HARMS
 
 COMMON = (
     "args.train_iters=8",
@@ -278,6 +280,55 @@ def test_nothing_whole_is_refused_and_left_alone(whole: Path, tmp_path: Path) ->
     assert only_run(run.parent) == run
 
 
+# --- a run.json that cannot be read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["truncated", "deleted", "unreadable"])
+def test_a_broken_run_file_starts_nothing_over(whole: Path, tmp_path: Path, harm: str) -> None:
+    """The newest checkpoint tells the run, and run.json is written anew."""
+    run = broken_off(whole, tmp_path / "runs")
+    before = json.loads((run / "run.json").read_text())
+    break_it, what = RUN_FILE_HARMS[harm]
+    break_it(run / "run.json")
+    words = options(1, f"args.save={run.parent}")
+    told_of = f"{what.replace('FILE', str(run / 'run.json'))}; checkpoint 4 tells its run"
+    if harm == "unreadable":  # what lies in its place is not ours to delete
+        with pytest.raises(AssertionError, match=re.escape(f"the run cannot start: {run / 'run.json'}: Is a dir")):
+            run_ranks(train_on_rank, 2, words)
+        assert only_run(run.parent) == run and (run / "latest").read_text() == "4"
+        return
+    assert told_of in told(words)
+    assert only_run(run.parent) == run and json.loads((run / "run.json").read_text()) == before
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in records(whole)]
+
+
+def test_a_run_that_nothing_tells_is_refused_or_goes_on_by_name(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    file = run / "4" / "training_state.json"
+    state = json.loads(file.read_text())
+    del state["run"], state["configuration"]
+    write_whole(file, state)
+    (run / "run.json").write_bytes(b"")
+    problem = f"{run / 'run.json'} is damaged, and its checkpoints do not tell which run they belong to"
+    words = options(1, f"args.save={run.parent}")
+    with pytest.raises(
+        AssertionError, match=re.escape(f"{problem}; args.resume={run} continues it, args.resume=never")
+    ):
+        run_ranks(train_on_rank, 1, words)
+    assert only_run(run.parent) == run and (run / "latest").read_text() == "4"
+    lines = told((*words, f"args.resume={run}"))
+    assert f"{problem}; {run} goes on all the same, as args.resume or args.load names it" in lines
+    assert (run / "latest").read_text() == "8" and json.loads((run / "run.json").read_text())["number"] == 1
+
+
+def write_whole(file: Path, content: dict[str, Any]) -> None:
+    """Change a JSON file of a checkpoint together with its manifest."""
+    file.write_text(json.dumps(content))
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
 # --- by name ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +348,7 @@ def test_a_named_iteration_sets_the_run_back(whole: Path, tmp_path: Path) -> Non
         (("args.resume=nowhere",), "there is no run nowhere; give a run directory, or one of its iterations"),
         (("args.resume=RUN/8-ema",), "RUN/8-ema holds averaged weights, no training state; give 8 beside it"),
         (("args.resume=RUN/8/mp_rank_00_model_states.pt",), "holds weights only, no training state to continue from"),
-        (("args.resume=RUN/tensorboard",), "is no run: it holds neither a checkpoint nor a run.json"),
+        (("args.resume=RUN/tensorboard",), "is no run: it holds neither a checkpoint nor a run.json that is whole"),
         (("args.resume=never", "args.load=RUN"), "args.mode pretrain continues that run, and args.resume is never"),
         (("args.resume=RUN", "args.load=RUN/4"), "args.resume names RUN and args.load RUN/4; give the one to continue"),
     ],
