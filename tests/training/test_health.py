@@ -119,6 +119,51 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path: 
     assert str(caught.value).count(f"The last good checkpoint is {run}/2: lower the learning rate or mend") == world
 
 
+def train_with_bad_gradients(rank: int, options: tuple[str, ...], first: int) -> None:
+    """From a step on, one parameter's gradients are infinite; losses stay finite."""
+    make, passes = Stepper.__init__, 0
+
+    def making(self: Stepper, model: nn.Module, *rest: Any) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            nonlocal passes
+            passes += 1
+            return gradient * math.inf if passes >= first else gradient
+
+        next(one for one in model.parameters() if one.requires_grad).register_hook(spoil)
+        make(self, model, *rest)
+
+    Stepper.__init__ = making  # type: ignore[method-assign]
+    train_on_rank(rank, options)
+
+
+@pytest.mark.parametrize("is_gradient", [False, True])
+def test_the_checkpoint_that_is_named_is_there_and_good(tmp_path: Path, is_gradient: bool) -> None:
+    """Saves in a row of bad steps must not push the last good one out, whether the loss is bad or gradients alone."""
+    words = ("args.save_interval=1", "args.keep_last=1", "args.max_skipped_steps=3", f"args.save={tmp_path}")
+    words = (*COMMON, *words, "deepspeed.train_micro_batch_size_per_gpu=4", "args.train_iters=9")
+    with pytest.raises(AssertionError) as caught:
+        if is_gradient:
+            run_ranks(train_with_bad_gradients, 1, words, 4)
+        else:
+            bad = [index for step in (4, 5, 6) for index in indices_of_step(step)]
+            run_ranks(train_on_rank, 1, (*words, poisoned(bad)))
+    run = only_run(tmp_path)
+    assert "3 steps in a row, from 4 on" in str(caught.value)
+    assert f"The last good checkpoint is {run}/3: lower the learning rate" in str(caught.value)
+    assert {path.name for path in run.iterdir() if path.name.isdecimal()} == {"3", "5"}
+    assert all(torch.equal(value, load_weights(run / "5")[name]) for name, value in load_weights(run / "3").items())
+
+
+def test_weights_that_were_saved_only_in_the_row_are_named_for_what_they_are(tmp_path: Path) -> None:
+    bad = [index for step in (2, 3, 4) for index in indices_of_step(step)]
+    words = (*COMMON, poisoned(bad), f"args.save={tmp_path}", "args.max_skipped_steps=3")
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(train_on_rank, 1, words)
+    run = only_run(tmp_path)
+    message = f"No good checkpoint was saved before; {run}/2 holds the weights from before step 2, as skipped steps"
+    assert message in str(caught.value) and f"args.mode=finetune args.load={run}/2" in str(caught.value)
+
+
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     """The same command again after a save within a row of bad steps: it stops where it would have stopped."""
     bad = [index for step in (2, 3, 4) for index in indices_of_step(step)]
