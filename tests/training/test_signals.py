@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from sat.data.synthetic import SyntheticLatents
 from sat.training.checkpoint import find_checkpoint, load_weights
-from sat.training.signals import STOPPED, StopRequest
-from tests.launch import Launched, start
+from sat.training.signals import LAUNCHERS, STOPPED, StopRequest
+from tests.launch import ROOT, STOPPING, Launched, start
 from tests.ranks import run_ranks
 from tests.tiny import SMALLER, only_run, records
 
@@ -58,6 +58,21 @@ def test_other_signals_are_not_taken_for_a_request() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_process_whose_launcher_has_died_stops(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(StopRequest, "LOOK_SECONDS", 0.01)
+    parents = iter([7, 7, 7])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
+    for other in LAUNCHERS:
+        monkeypatch.delenv(other, raising=False)
+    with StopRequest() as stop:  # started by hand, from a shell that may go
+        time.sleep(0.1)
+        assert stop.name is None
+    monkeypatch.setenv(name, "1")
+    with StopRequest() as stop:
+        wait_for(lambda: stop.name == "the launcher of this process has died")
+
+
 def stop_one_rank(rank: int) -> list[bool]:
     with StopRequest() as stop:
         answers = [stop.agreed(torch.device("cpu"))]
@@ -85,7 +100,7 @@ def assert_saved(launched: Launched, folder: Path) -> None:
     checkpoint = find_checkpoint(run)
     assert checkpoint.step == last < 100000
     assert all(value.isfinite().all() for value in load_weights(run).values())
-    assert launched.output.count("stopping after this step, with a checkpoint; once more ends at once") == 1
+    assert launched.output.count("stopping after this step, with a checkpoint") == 1
     assert launched.output.count(f"saved {checkpoint.path}") == 1
     assert not list(run.glob(".*.saving"))
 
@@ -98,6 +113,9 @@ SLOW = pytest.mark.slow
     [
         ("python", signal.SIGTERM, True, 2),  # job schedulers reach the data workers too
         ("torchrun", signal.SIGINT, True, 0),
+        ("torchrun-stopping", signal.SIGUSR1, False, 0),
+        pytest.param("torchrun", signal.SIGKILL, False, 0, marks=SLOW),  # it cannot tell its processes; they notice
+        pytest.param("torchrun", signal.SIGUSR1, False, 2, marks=SLOW),  # without the flags it dies of it
         pytest.param("python", signal.SIGINT, True, 2, marks=SLOW),
         pytest.param("python", signal.SIGTERM, False, 0, marks=SLOW),
         pytest.param("torchrun", signal.SIGTERM, False, 2, marks=SLOW),
@@ -119,6 +137,10 @@ def test_a_run_saves_and_leaves(
         assert_saved(launched, tmp_path)
     if launcher == "python":
         assert launched.process.returncode == STOPPED
+
+
+def test_the_pages_give_the_options_that_are_tested() -> None:
+    assert (ROOT / "docs" / "multi_node.md").read_text(encoding="utf-8").count(f"{STOPPING} ") == 3
 
 
 class Stuck(Dataset):
