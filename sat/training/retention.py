@@ -23,7 +23,7 @@ class Retention:
     keep_every: int | None = None
     """Steps that are multiples of it are kept for good."""
     keep_best: int = 0
-    """So many with the lowest validation loss are kept."""
+    """So many with the lowest validation loss are kept, of those whose own step was validated."""
     always: frozenset[int] = frozenset()
     """Steps that are kept for good."""
 
@@ -52,7 +52,7 @@ class Retention:
         if latest not in names or not latest.isdecimal():
             return []
         states = {step_of(name): read_state(run_dir / name) for name in names if name.isdecimal()}
-        losses = {step: _validation_loss(state) for step, state in states.items()}
+        losses = {step: _validation_loss(state, step) for step, state in states.items()}
         good = max((step for step in states if step <= step_of(latest) and is_good(states[step])), default=None)
         deleted = []
         for step in self.doomed(losses, step_of(latest), good):
@@ -85,9 +85,11 @@ def is_good(state: Mapping[str, Any]) -> bool:
     return state.get("check") is not None and (state.get("health") or {}).get("first_skipped") is None
 
 
-def _validation_loss(state: Mapping[str, Any]) -> float | None:
+def _validation_loss(state: Mapping[str, Any], step: int) -> float | None:
+    """The loss of the very weights that a checkpoint holds; the last validation may have been of earlier ones."""
     try:
-        return float(state["validation"]["loss"])
+        validation = state["validation"]
+        return float(validation["loss"]) if validation["step"] == step else None
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -71,6 +71,14 @@ def test_averages_go_with_their_iteration(tmp_path: Path) -> None:
     assert names(run) == with_averages(2, 4, 5)
 
 
+def test_a_validation_of_earlier_weights_does_not_count(tmp_path: Path) -> None:
+    """Step 2 was saved when the last validation was that of step 1."""
+    run = make_run(tmp_path, {1: 0.1, 2: None, 3: 0.5, 4: None}, "4")
+    state = {"validation": {"step": 1, "loss": 0.1}}
+    (run / "2" / "training_state.json").write_text(json.dumps(state))
+    assert Retention(1, keep_best=2).tidy(run) == [2]
+
+
 def test_averages_that_a_killed_deletion_left_go_too(tmp_path: Path) -> None:
     run = make_run(tmp_path, {1: None, 2: None, 3: None}, "2")
     (run / "1" / "manifest.json").unlink()
