@@ -40,7 +40,7 @@ from sat.training.preview import check_numbers, clip_sizes
 from sat.training.resume import Start, find_start, lock_run, open_weights, read_training_state, set_back
 from sat.training.resume_check import Circumstances, LossRecord, check_losses, gather_losses
 from sat.training.retention import Retention, is_good, read_state, reading
-from sat.training.run_dir import check_writable, make_run_dir, on_main, write_description
+from sat.training.run_dir import check_writable, configuration_file, make_run_dir, on_main, write_description
 from sat.training.samples import ValidationSamples
 from sat.training.saving import HostMemory, SaveOptions, Saver, Snapshot
 from sat.training.stages import Stage, plan_stages, stage_lines, stages_left
@@ -131,7 +131,14 @@ class Run:
             HealthOptions(self.args.max_skipped_steps, self.args.spike_deviations),
             self.run_dir,
             launch,
-            {"seed": self.seed, "global_batch_size": self.global_batch_size},
+            self.parallel,
+            {
+                "configuration": str(configuration_file(self.run_dir, job.config))
+                if self.run_dir is not None
+                else None,
+                "seed": job.seed,
+                "global_batch_size": self.global_batch_size,
+            },
         )
         self.last_validation: dict[str, Any] | None = None
         if start.checkpoint is not None:

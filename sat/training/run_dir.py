@@ -91,3 +91,8 @@ def write_description(run_dir: Path, job: ConfigNode, current: ConfigNode, model
     write_json(run_dir / MODEL_CONFIG, model)
     if STAGES in job:
         write_text(run_dir / STAGES_CONFIG, dump_config(job))
+
+
+def configuration_file(run_dir: Path, job: ConfigNode) -> Path:
+    """Where the whole job's configuration is written."""
+    return run_dir / (STAGES_CONFIG if STAGES in job else TRAINING_CONFIG)
