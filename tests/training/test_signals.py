@@ -143,6 +143,17 @@ def test_the_pages_give_the_options_that_are_tested() -> None:
     assert (ROOT / "docs" / "multi_node.md").read_text(encoding="utf-8").count(f"{STOPPING} ") == 3
 
 
+def test_a_time_limit_saves_and_leaves(tmp_path: Path) -> None:
+    """A minute is what a first save may take: the limit is near at once."""
+    with start(
+        "python", "train_video.py", tmp_path, *WORDS, "args.time_limit_minutes=1", f"args.save={tmp_path}"
+    ) as job:
+        assert_saved(job, tmp_path)
+    assert job.process.returncode == STOPPED == 75
+    assert "args.time_limit_minutes 1: stopping after this step, with a checkpoint" in job.output
+    assert find_checkpoint(only_run(tmp_path)).step == 1
+
+
 class Stuck(Dataset):
     """Latents of which all but the first few are never ready."""
 
