@@ -42,7 +42,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._noted_at = 0.0
+        self._signalled_at: float | None = None
         self._previous: dict[int, Any] = {}
         is_launched = any(name in os.environ for name in LAUNCHERS)
         self._launcher = os.getppid() if is_launched else None
@@ -78,16 +78,17 @@ class StopRequest:
 
     def _note(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self.name is None:
-            self.name, self._noted_at = name, time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = time.monotonic()
+            self.name = self.name or name
             log.info("%s: stopping after this step, with a checkpoint; once more ends at once, without", name)
-        elif time.monotonic() - self._noted_at > self.ECHO_SECONDS:
+        elif time.monotonic() - self._signalled_at > self.ECHO_SECONDS:
             os._exit(128 + number)
 
     def ask(self, reason: str) -> None:
-        """Stop at the next step boundary, as if a signal had come."""
+        """Stop at the next step boundary, as if a signal had come; the first that does come is not a second one."""
         if self.name is None:
-            self.name, self._noted_at = reason, time.monotonic()
+            self.name = reason
             log.info("%s: stopping after this step, with a checkpoint", reason)
 
     def agreed(self, device: torch.device) -> bool:

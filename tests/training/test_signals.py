@@ -46,6 +46,16 @@ def test_a_signal_is_noted_and_its_echo_is_not_a_second_one(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_after_a_time_limit_is_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job scheduler's, while the run saves: it must not end the save."""
+    monkeypatch.setattr(StopRequest, "ECHO_SECONDS", 0.0)
+    with StopRequest() as stop:
+        stop.ask("the time is up")
+        os.kill(os.getpid(), signal.SIGTERM)  # would end this process if it were taken for a second one
+        wait_for(lambda: stop._signalled_at is not None)
+        assert stop.name == "the time is up"
+
+
 def test_other_signals_are_not_taken_for_a_request() -> None:
     """A data worker's end comes as SIGCHLD, for which torch has a handler too."""
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
