@@ -13,9 +13,13 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+STOPPING = "--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown_timeout 600"
+"""Of torchrun, as docs/multi_node.md gives it: pass SIGUSR1 on, too, and wait for a checkpoint."""
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 LAUNCHERS = {
     "python": [sys.executable],
-    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"],
+    "torchrun": TORCHRUN,
+    "torchrun-stopping": [*TORCHRUN, *STOPPING.split()],
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2"],
 }
 ENVIRONMENT = {

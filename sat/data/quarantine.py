@@ -110,9 +110,12 @@ class Quarantine:
         self.bad_clips[key] = reason
         log.warning("bad clip %s replaced: %s", key, reason)
         if self.report:
-            self.report.parent.mkdir(parents=True, exist_ok=True)
-            with self.report.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+            try:
+                self.report.parent.mkdir(parents=True, exist_ok=True)
+                with self.report.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+            except OSError as error:  # a full disk does not end a run
+                log.warning("%s cannot be written (%s); the clip is counted all the same", self.report, error.strerror)
         if len(self.bad_clips) > self.limit:
             raise DataError(self._too_many())
 

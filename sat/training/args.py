@@ -97,7 +97,7 @@ class TrainArgs(ComputeArgs):
     keep_every: int | None = None
     """Besides, those of steps that are multiples of this."""
     keep_best: int = 0
-    """Besides, so many with the lowest validation loss."""
+    """Besides, so many with the lowest validation loss, of those that were saved at a step of eval_interval."""
     time_limit_minutes: float | None = None
     """Save and stop in time before so many minutes since the start are over."""
     max_skipped_steps: int = 10

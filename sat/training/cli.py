@@ -25,7 +25,8 @@ examples:
 
 The same command again continues the run from its newest whole checkpoint (args.resume=never starts a new one).
 exit codes: 0 finished; 2 an error that you can mend; 75 stopped by a signal or args.time_limit_minutes, having saved (0
-under torchrun --max-restarts, which would start it again); 128 + N ended at once by a second signal N
+under torchrun --max-restarts, which would start it again); 128 + N ended at once by a second signal N. torchrun itself
+ends with 1 where one of its processes ended with anything but 0, and after a signal.
 """
 
 

@@ -34,6 +34,8 @@ class HashedFile:
         self._stream = path.open("wb")
         self._digest = hashlib.blake2b(digest_size=16)
         self._bytes = 0
+        self.failure: OSError | None = None
+        """Why a write failed: torch.save tells its caller something else."""
 
     def __enter__(self) -> "HashedFile":
         return self
@@ -51,7 +53,11 @@ class HashedFile:
         view = memoryview(data).cast("B")
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
-            self._stream.write(piece)
+            try:
+                self._stream.write(piece)
+            except OSError as error:
+                self.failure = error
+                raise
             self._digest.update(piece)
         self._bytes += len(view)
         return len(view)
@@ -93,9 +99,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Entry:
 
 
 def write_torch(path: Path, content: Any) -> Entry:
-    """A file of torch's format."""
+    """A file of torch's format. Raises OSError where it cannot be written."""
     with HashedFile(path) as file:
-        torch.save(content, file)  # type: ignore[arg-type]  # it only writes and flushes
+        try:
+            torch.save(content, file)  # type: ignore[arg-type]  # it only writes and flushes
+        except RuntimeError:
+            if file.failure is not None:
+                raise file.failure from None
+            raise
     return file.entry
 
 

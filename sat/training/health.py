@@ -23,6 +23,7 @@ from sat.mpu.launch import Launch
 from sat.mpu.shards import is_sharded
 from sat.mpu.state import ParallelState
 from sat.training.files import write_json
+from sat.weights.whole import iteration_names
 
 log = logging.getLogger(__name__)
 
@@ -84,41 +85,63 @@ class HealthOptions:
 
 
 class Health:
-    """Watches the losses of a run and reports; every rank makes the same calls."""
+    """Watches the losses of a run and reports; every rank makes the same calls.
+
+    A report has all that makes the step again (docs/checkpoints.md): configuration, seed, the checkpoint to start from,
+    and the samples of each rank with their losses.
+    """
 
     WINDOW = 64
     FEWEST = 16
 
     def __init__(
-        self, options: HealthOptions, run_dir: Path | None, launch: Launch, describe: Mapping[str, Any]
+        self,
+        options: HealthOptions,
+        run_dir: Path | None,
+        launch: Launch,
+        parallel: ParallelState,
+        describe: Mapping[str, Any],
     ) -> None:
-        self.options, self.run_dir, self.launch = options, run_dir, launch
+        self.options, self.run_dir, self.launch, self.parallel = options, run_dir, launch, parallel
         self.describe = describe
-        """What every report says besides: seed, batch size, what reproduces a step."""
+        """What every report says besides: configuration, seed, batch size."""
         self.skipped_in_a_row = 0
         self.first_skipped: int | None = None
         self._losses: deque[float] = deque(maxlen=self.WINDOW)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
-        return {"skipped_in_a_row": self.skipped_in_a_row, "first_skipped": self.first_skipped}
+        return {
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "first_skipped": self.first_skipped,
+            "losses": list(self._losses),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's."""
         self.skipped_in_a_row, self.first_skipped = state["skipped_in_a_row"], state["first_skipped"]
+        self._losses.clear()
+        self._losses.extend(state.get("losses", ()))  # older checkpoints have none
 
     def updated(self, step: int, loss: float, micro_batches: Sequence[MicroBatch]) -> None:
-        """A step whose update was made."""
+        """A step whose update was made; every rank must call it. loss: equal on the ranks of a data-parallel group."""
         self.skipped_in_a_row, self.first_skipped = 0, None
-        if self._is_spike(loss) and self.launch.is_main:
-            log.warning(
-                "step %d: the loss is %.4g, and was %.4g in the middle of the last %d steps%s",
-                step,
-                loss,
-                median(self._losses),
-                len(self._losses),
-                self._report(step, "spike", {"loss": loss, "median": median(self._losses)}, [self._own(micro_batches)]),
-            )
+        if self._is_spike(loss):
+            # Within this group, which has all samples of the step: ranks of another one may see a last bit differ.
+            gathered: list[Any] = [self._own(micro_batches)]
+            if self.parallel.size("dp") > 1:
+                gathered = [None] * self.parallel.size("dp")
+                dist.all_gather_object(gathered, self._own(micro_batches), group=self.parallel.true_group("dp"))
+            if self.launch.is_main:
+                middle = median(self._losses)
+                log.warning(
+                    "step %d: the loss is %.4g, and was %.4g in the middle of the last %d steps%s",
+                    step,
+                    loss,
+                    middle,
+                    len(self._losses),
+                    self._report(step, "spike", {"loss": loss, "median": middle}, gathered),
+                )
         self._losses.append(loss)
 
     def _is_spike(self, loss: float) -> bool:
@@ -163,13 +186,20 @@ class Health:
         if self.run_dir is None:
             return ""
         file = self.run_dir / REPORTS / f"step_{step:08d}_{kind}.json"
-        content = {**self.describe, "kind": kind, "step": step, **more, "ranks": list(ranks)}
+        checkpoint = {"checkpoint": self._checkpoint_before(step)}
+        content = {**self.describe, "kind": kind, "step": step, **checkpoint, **more, "ranks": list(ranks)}
         try:
             file.parent.mkdir(exist_ok=True)
             write_json(file, content)
         except OSError as error:
             return f" (no report was written: {error})"
         return f" (see {file})"
+
+    def _checkpoint_before(self, step: int) -> str | None:
+        """The newest checkpoint from which the run comes to a step."""
+        assert self.run_dir is not None
+        names = iteration_names(self.run_dir)
+        return next((str(self.run_dir / name) for name in names if name.isdecimal() and int(name) < step), None)
 
 
 def _bad_samples(own: Mapping[str, Any]) -> list[Mapping[str, str]]:
@@ -214,8 +244,11 @@ def bit_sums(parameters: Mapping[str, nn.Parameter]) -> Tensor:
 def check_replicas(module: nn.Module, parallel: ParallelState, step: int) -> None:
     """Compare the weights of ranks that must hold the same; every rank must call it.
 
-    Raises TrainingError on all ranks, naming the parameter and the rank that differs from most. Parameters of which
-    each rank holds an own part (ZeRO 3) have no replicas.
+    Compared are the model's own weights, in the precision in which it computes: all of them over dp and cp, and over tp
+    those of which every tp rank holds a copy (what is cut over tp has none there). Not compared are optimizer state and
+    averages, of which each rank holds an own part from ZeRO 1 on, and at ZeRO 3 anything, as all is cut.
+
+    Raises TrainingError on all ranks, naming the parameter and the rank that differs from most.
     """
     whole = {
         name: parameter for name, parameter in module.named_parameters() if getattr(parameter, "ds_id", None) is None

@@ -1,6 +1,5 @@
 """What makes two starts the same run: the values of a configuration that decide its numbers."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -8,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sat.config import STAGES, ConfigNode
+from sat.errors import CheckpointError
 from sat.training.args import TrainArgs
 from sat.training.files import write_json
 from sat.training.plan import VALID_SETS, without_params
 from sat.training.stages import plan_stages
-
-RUN_FILE = "run.json"
+from sat.weights.run_file import RUN_FILE, RunRecord, digest, read_run
 
 DECIDING_ARGS = (
     "mode",
@@ -69,43 +68,41 @@ def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def digest(values: Mapping[str, Any]) -> str:
-    """A short name for deciding values: the configuration's hash."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`args.train_iters 10, now 20` for each key that differs."""
     keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     return [f"{key} {before.get(key, 'not set')}, now {now.get(key, 'not set')}" for key in keys]
 
 
-def read_run(run_dir: Path) -> dict[str, Any] | None:
-    """What `describe_run` wrote; None where there is nothing of the kind."""
-    try:
-        content = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    has_all = isinstance(content, dict) and isinstance(content.get("decides"), dict)
-    return content if has_all and isinstance(content.get("number"), int) else None
+def runs_called(save: Path, experiment_name: str) -> tuple[dict[Path, RunRecord], dict[Path, str]]:
+    """The runs of that name in a folder, the last one first: by number, for clocks go back; and those not known.
 
-
-def runs_called(save: Path, experiment_name: str) -> dict[Path, dict[str, Any]]:
-    """The runs of that name in a folder, the last one first: by number, for clocks go back."""
+    The latter hold checkpoints that can be continued, and nothing says to which run they belong: folder -> why.
+    """
     pattern = re.compile(re.escape(experiment_name) + r"-\d\d-\d\d-\d\d-\d\d(-\d+)?")
-    found = {}
-    if save.is_dir():
-        for folder in save.iterdir():
-            if pattern.fullmatch(folder.name) and (run := read_run(folder)) is not None:
+    found: dict[Path, RunRecord] = {}
+    unknown: dict[Path, str] = {}
+    for folder in save.iterdir() if save.is_dir() else ():
+        if pattern.fullmatch(folder.name) and folder.is_dir():
+            try:
+                run = read_run(folder)
+            except CheckpointError as error:
+                unknown[folder] = str(error)
+                continue
+            if run is not None:
                 found[folder] = run
-    return dict(sorted(found.items(), key=lambda item: item[1]["number"], reverse=True))
+    return dict(sorted(found.items(), key=lambda item: item[1].number, reverse=True)), unknown
 
 
-def describe_run(run_dir: Path, experiment_name: str, decides: Mapping[str, Any]) -> None:
-    """Note in a run directory by what it is found again."""
-    own = read_run(run_dir)
-    others = runs_called(run_dir.parent, experiment_name).values()
-    number = own["number"] if own is not None else 1 + max((run["number"] for run in others), default=0)
-    content = {"number": number, "configuration": digest(decides), "decides": dict(decides)}
-    if content != own:
-        write_json(run_dir / RUN_FILE, content)
+def describe_run(run_dir: Path, experiment_name: str, decides: Mapping[str, Any]) -> int:
+    """Note in a run directory by what it is found again; returns its number."""
+    runs, _ = runs_called(run_dir.parent, experiment_name)
+    try:
+        own = read_run(run_dir)  # whatever its name is now
+    except CheckpointError:
+        own = None
+    number = own.number if own is not None else 1 + max((run.number for run in runs.values()), default=0)
+    record = RunRecord(number, digest(decides), dict(decides))
+    if record != own:
+        write_json(run_dir / RUN_FILE, {key: getattr(record, key) for key in ("number", "configuration", "decides")})
+    return number

@@ -271,7 +271,7 @@ class TrainingLoop:
         gathered: list[Any] = [None] * self.launch.world_size
         dist.all_gather_object(gathered, bad)
         outcome: list[str | None] = [None]
-        if self.launch.is_main:
+        if self.run.quarantine is not None:  # on rank 0
             try:
                 for key, reason in (clip for own in gathered for clip in own):
                     self.run.quarantine.add(key, reason)

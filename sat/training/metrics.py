@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import torch
 
+from sat.training.files import write_text
+
 log = logging.getLogger(__name__)
 
 
@@ -128,20 +130,32 @@ def _is_infinite(value: Any) -> bool:
 
 
 def _keep_up_to(file: Path, step: int) -> None:
-    """Drop lines of later steps, so that each step stands once in the record of a continued run."""
+    """Drop lines of later steps, so that each step stands once in the record of a continued run.
+
+    What is no record is left out too, with a warning that names its line; but for the end of a line that a killed run
+    was writing.
+    """
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line that a killed run was writing
-            continue
-        if record["step"] <= step:
+    lines = file.read_bytes().decode("utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        of_step = _step_of(line)
+        if of_step is None:
+            if number < len(lines):
+                log.warning("%s: line %d is damaged and is left out: %.80s", file, number, line)
+        elif of_step <= step:
             kept.append(line)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a record; None where a line is none."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _open_tensorboard(folder: str, start_step: int) -> Any:

@@ -22,8 +22,9 @@ from sat.training.checkpoint import (
 )
 from sat.training.ema import choose_weights
 from sat.training.files import remove_leftovers, write_text
-from sat.training.identity import differences, read_run, runs_called
+from sat.training.identity import differences, runs_called
 from sat.training.lock import RunLock
+from sat.weights.run_file import RUN_FILE, RunRecord, read_run
 from sat.weights.whole import AVERAGES, LATEST, TRAINING_STATE, damage_of, is_iteration, problem_of, read_manifest
 
 log = logging.getLogger(__name__)
@@ -125,15 +126,32 @@ def _plan_named(path: Path, decides: Mapping[str, Any]) -> tuple[str, list[str]]
         run_dir, names = path.parent, [path.name]
     else:
         run_dir, names = path, iterations_to_try(path)
-    before = read_run(run_dir)
-    changed = differences(before["decides"], decides) if before is not None else []
-    if changed:
-        log.warning("%s goes on with another configuration: %s", run_dir, "; ".join(changed[:8]))
+    before, problem = _run_of(run_dir)
+    if problem:
+        log.warning("%s; %s goes on all the same, as args.resume or args.load names it", problem, run_dir)
+    if before is not None and not before.is_of(decides):
+        log.warning("%s goes on with another configuration: %s", run_dir, _changes(before, decides, 8))
     if names and not any(_has_state(run_dir / name) for name in names) and (run_dir / names[0]).is_dir():
         raise _only_weights(run_dir / names[0])
     if not names and before is None:
-        raise CheckpointError(f"{path} is no run: it holds neither a checkpoint nor a run.json")
+        raise CheckpointError(f"{path} is no run: it holds neither a checkpoint nor a {RUN_FILE} that is whole")
     return str(run_dir), names
+
+
+def _run_of(run_dir: Path) -> tuple[RunRecord | None, str]:
+    """What a run directory says of its run, and what is wrong with that."""
+    try:
+        run = read_run(run_dir)
+    except CheckpointError as error:
+        return None, str(error).split(";")[0]
+    return run, run.problem if run is not None else ""
+
+
+def _changes(run: RunRecord, decides: Mapping[str, Any], most: int) -> str:
+    """How a configuration differs from a run's, in words."""
+    if run.decides is None:
+        return f"which keys is not known without its {RUN_FILE}"
+    return "; ".join(differences(run.decides, decides)[:most])
 
 
 def _has_state(folder: Path) -> bool:
@@ -151,17 +169,22 @@ def _only_weights(path: Path) -> CheckpointError:
 
 
 def _find_run(save: Path, experiment_name: str, decides: Mapping[str, Any]) -> Path | None:
-    """The last run that this configuration began."""
-    runs = runs_called(save, experiment_name)
+    """The last run that this configuration began. Raises CheckpointError where one cannot be told to be another's."""
+    runs, unknown = runs_called(save, experiment_name)
+    if unknown:
+        raise CheckpointError("; ".join(unknown.values()))
+    for run in runs.values():
+        if run.problem:
+            log.warning("%s", run.problem)
     for folder, run in runs.items():
-        if run["decides"] == decides:
+        if run.is_of(decides):
             log.info("continuing %s, begun with this configuration (args.resume=never starts a new run)", folder)
             return folder
     for folder, run in list(runs.items())[:1]:
         log.info(
             "a new run: %s had another configuration (%s); args.resume=%s would continue it",
             folder,
-            "; ".join(differences(run["decides"], decides)[:3]),
+            _changes(run, decides, 3),
             folder,
         )
     return None

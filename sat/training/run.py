@@ -42,14 +42,14 @@ from sat.training.positions import TableChange, changed, trained_network
 from sat.training.preview import check_numbers, clip_sizes
 from sat.training.resume import Start, find_start, lock_run, open_weights, read_training_state, set_back
 from sat.training.resume_check import Circumstances, LossRecord, check_losses, gather_losses
-from sat.training.retention import Retention, reading
-from sat.training.run_dir import check_writable, make_run_dir, write_description
+from sat.training.retention import Retention, is_good, read_state, reading
+from sat.training.run_dir import check_writable, configuration_file, make_run_dir, on_main, write_description
 from sat.training.samples import ValidationSamples
 from sat.training.saving import HostMemory, SaveOptions, Saver, Snapshot
 from sat.training.stages import Stage, plan_stages, stage_lines, stages_left
 from sat.training.step import Stepper, check_with_deepspeed
 from sat.training.systems import DiffusionSystem, attention_work, build_system, check_files
-from sat.weights.whole import iteration_names
+from sat.weights.whole import iteration_names, problem_of, read_latest, step_of
 
 log = logging.getLogger(__name__)
 
@@ -145,23 +145,27 @@ class Run:
             HealthOptions(self.args.max_skipped_steps, self.args.spike_deviations),
             self.run_dir,
             launch,
-            {"seed": self.seed, "global_batch_size": self.global_batch_size},
+            self.parallel,
+            {
+                "configuration": str(configuration_file(self.run_dir, job.config))
+                if self.run_dir is not None
+                else None,
+                "seed": job.seed,
+                "global_batch_size": self.global_batch_size,
+            },
         )
         self.last_validation: dict[str, Any] | None = None
         if start.checkpoint is not None:
             self._continue_from(start.checkpoint)
-        if self.run_dir is not None and launch.is_main:
-            write_description(self.run_dir, job.config, config, self.system.sizes())
-            describe_run(self.run_dir, self.args.experiment_name, job.decides)
+        self.run_number = on_main(self._describe)
         self.lr = self._schedule()
         self.last_micro_batch: tuple[list[int], Any] = ([], None)
         self.samples = self._prepare_samples()
-        self.metrics = self._open_metrics()
+        self.metrics = on_main(self._open_metrics) or MetricsWriter(None)
         self.saver = self._open_saver()
         if self.saver is not None:
             resources.callback(self.saver.close)
-        report = self.run_dir / "quarantine.jsonl" if self.run_dir is not None and launch.is_main else None
-        self.quarantine = Quarantine(self.data.num_samples, report, self.args.max_bad_share)
+        self.quarantine = on_main(self._open_quarantine)
         self._log_start()
 
     def batches(self) -> Iterator[Mapping[str, Any]]:
@@ -287,8 +291,8 @@ class Run:
             if self.args.resume_check and state["check"] is not None:
                 saved = LossRecord.read(state["check"])
                 check_losses(saved, self._losses_again, self.parallel, self._circumstances())
-        if self.launch.is_main:
-            set_back(self.run_dir, checkpoint)
+        run_dir = self.run_dir
+        on_main(lambda: set_back(run_dir, checkpoint))
         begins = f"stage {self.stage.name} begins in" if self.is_new_stage else "continuing"
         log.info("%s %s after step %d", begins, self.run_dir, self.start_step)
 
@@ -370,9 +374,18 @@ class Run:
         where = (self.validation, self.parallel, self.job.seed, self.run_dir)
         return ValidationSamples(self.stage.config, count, self.system.engine, *where)
 
+    def _describe(self) -> int | None:
+        """Write what the run is found and rebuilt by; its number among those of its name."""
+        if self.run_dir is None:
+            return None
+        write_description(self.run_dir, self.job.config, self.stage.config, self.system.sizes())
+        return describe_run(self.run_dir, self.args.experiment_name, self.job.decides)
+
+    def _open_quarantine(self) -> Quarantine:
+        report = self.run_dir / "quarantine.jsonl" if self.run_dir is not None else None
+        return Quarantine(self.data.num_samples, report, self.args.max_bad_share)
+
     def _open_metrics(self) -> MetricsWriter:
-        if not self.launch.is_main:
-            return MetricsWriter(None)
         name = self.run_dir.name if self.run_dir is not None else self.args.experiment_name
         wandb = {"project": self.args.wandb_project_name, "name": name} if self.args.wandb else None
         return MetricsWriter(self.run_dir, self.start_step, self.args.summary_dir, wandb)
@@ -414,6 +427,7 @@ class Run:
             return
         started = time.perf_counter()
         state = {
+            "run": self.run_number,
             "step": step,
             "samples": (step - self.stage.first_step) * self.global_batch_size,
             "seed": self.job.seed,
@@ -427,19 +441,28 @@ class Run:
             "health": self.health.state(),
             "validation": self.last_validation,
             "mix": self.mix.state(),
-            "check": self._check_to_save(),
+            "check": self._check_to_save(step),
         }
         self.saver.start(step, self._copy_state, state)
         log.info("saving step %d: training waited %.2f s", step, time.perf_counter() - started)
 
-    def _check_to_save(self) -> dict[str, Any] | None:
+    def _check_to_save(self, step: int) -> dict[str, Any] | None:
         """The losses of the last micro batches under the weights that are saved; None where they are no numbers."""
         counters, inputs = self.last_micro_batch
         losses = self.stepper.evaluate(inputs)["loss"].tolist()
         record = gather_losses(counters, losses, self.parallel, self._circumstances())
         if all(map(math.isfinite, record.losses)):
             return record.as_json()
-        log.warning("the weights that are saved give a loss that is not finite")
+        first = self.health.first_skipped
+        if first is None:
+            log.warning("the update of step %d has spoiled the weights: with them its batch's loss is not finite", step)
+        else:
+            log.warning(
+                "step %d is saved with the weights from before step %d, as skipped steps change none; its batch has no "
+                "finite loss to check them by",
+                step,
+                first,
+            )
         return None
 
     def _copy_state(self, memory: HostMemory) -> Snapshot:
@@ -465,19 +488,22 @@ class Run:
 
     def last_good(self) -> str:
         """The checkpoint to go back to when steps are skipped, in words."""
-        before = self.health.first_skipped
-        names = iteration_names(self.run_dir) if self.run_dir is not None and before is not None else []
-        good = next((name for name in names if name.isdecimal() and self._is_good(name, before)), None)
-        if good is None:
-            return "No checkpoint was saved before: lower the learning rate, or look at the data"
-        return (
-            f"The last good checkpoint is {self.run_dir}/{good}: lower the learning rate or mend the data, and go on "
-            f"from it with args.resume={self.run_dir}/{good}"
-        )
-
-    def _is_good(self, name: str, before: int | None) -> bool:
-        """Whether a checkpoint was saved before a step, with weights whose loss was a number."""
-        if self.run_dir is None or before is None or int(name) >= before:
-            return False
-        folder = self.run_dir / name
-        return read_training_state(CheckpointPath(folder, int(name)))["check"] is not None
+        first = self.health.first_skipped
+        if self.run_dir is None or first is None:
+            return "Nothing is saved: lower the learning rate, or look at the data"
+        whole = [name for name in iteration_names(self.run_dir) if problem_of(self.run_dir / name) is None]
+        before = [name for name in whole if name.isdecimal() and int(name) < first]
+        good = next((name for name in before if is_good(read_state(self.run_dir / name))), None)
+        if good is not None:
+            return (
+                f"The last good checkpoint is {self.run_dir}/{good}: lower the learning rate or mend the data, and go "
+                f"on from it with args.resume={self.run_dir}/{good}"
+            )
+        latest, _ = read_latest(self.run_dir)
+        if latest in whole and step_of(latest) >= first:
+            return (
+                f"No good checkpoint was saved before; {self.run_dir}/{latest} holds the weights from before step "
+                f"{first}, as skipped steps change none: lower the learning rate or mend the data, and start a new run "
+                f"from them with args.mode=finetune args.load={self.run_dir}/{latest}"
+            )
+        return "No good checkpoint was saved before: lower the learning rate, or look at the data"

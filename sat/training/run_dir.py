@@ -2,15 +2,17 @@
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from sat.config import STAGES, ConfigNode, dump_config
-from sat.errors import ConfigError
+from sat.errors import CheckpointError, ConfigError
 from sat.training.files import write_json, write_text
+
+T = TypeVar("T")
 
 TRAINING_CONFIG = "training_config.yaml"
 MODEL_CONFIG = "model_config.json"
@@ -58,6 +60,28 @@ def _claim(parent: Path, name: str) -> Path:
     raise OSError(f"{parent} already holds 999 runs called {name}")
 
 
+def on_main(work: Callable[[], T]) -> T | None:
+    """What rank 0 alone does in a run directory; None on the others. Every rank must call it.
+
+    Raises CheckpointError on all ranks where rank 0 meets an OSError or raises one: a full disk, a file that cannot be
+    read.
+    """
+    result: T | None = None
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except OSError as error:
+            place = error.filename2 or error.filename or "its folder"  # of a rename, where it was to go
+            problem = [f"the run cannot start: {place}: {error.strerror or error}"]
+        except CheckpointError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0])
+    return result
+
+
 def write_description(run_dir: Path, job: ConfigNode, current: ConfigNode, model: Mapping[str, Any]) -> None:
     """What rebuilds the model with no other file: the configuration of the stage that runs, and the model's sizes.
 
@@ -67,3 +91,8 @@ def write_description(run_dir: Path, job: ConfigNode, current: ConfigNode, model
     write_json(run_dir / MODEL_CONFIG, model)
     if STAGES in job:
         write_text(run_dir / STAGES_CONFIG, dump_config(job))
+
+
+def configuration_file(run_dir: Path, job: ConfigNode) -> Path:
+    """Where the whole job's configuration is written."""
+    return run_dir / (STAGES_CONFIG if STAGES in job else TRAINING_CONFIG)

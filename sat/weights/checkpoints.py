@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sat.weights.describe import Finding
+from sat.weights.run_file import RUN_FILE, run_file_problem
 from sat.weights.survey import read_json
 from sat.weights.whole import (
     AVERAGES,
@@ -31,6 +32,8 @@ HELD = {
 def checkpoints(path: Path, reads_files: bool = False) -> list[Finding]:
     """The checkpoints of a run directory, or the one that a folder is, the oldest first; none where none is ours.
 
+    Before them comes run.json, where something is wrong with it.
+
     Names and sizes tell what is wrong; with reads_files, checksums too: all files are then read, a second a gigabyte.
     """
     if (path / MANIFEST).exists():
@@ -40,7 +43,8 @@ def checkpoints(path: Path, reads_files: bool = False) -> list[Finding]:
     if not any((folder / MANIFEST).exists() for folder in ours):
         return []
     latest, _ = read_latest(path)
-    found = []
+    problem = run_file_problem(path)
+    found = [Finding(path / RUN_FILE, f"not whole: {problem}", problem=problem)] if problem else []
     for folder in sorted(ours, key=lambda folder: (step_of(folder.name), folder.name)):
         found.append(_checkpoint(folder, reads_files))
         if folder.name == latest:

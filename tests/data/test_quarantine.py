@@ -1,6 +1,7 @@
 """Bad clips: replaced the same way everywhere, counted once, stopped past a share."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -100,3 +101,14 @@ def test_a_resumed_run_counts_on(tmp_path):
     resumed.add("2.mp4", "unreadable")
     with pytest.raises(DataError, match="4 of 10 clips"):
         resumed.add("4.mp4", "unreadable")
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, caplog):
+    """Rank 0 alone reports: an error there would leave the others waiting for it."""
+    quarantine = Quarantine(1000, tmp_path / "quarantine.jsonl", max_bad_share=0.002)
+    quarantine.report = Path("/dev/full")
+    for number in range(3):
+        quarantine.add(f"key {number}", "broken")
+    assert caplog.text.count("/dev/full cannot be written (No space left on device); the clip is counted") == 3
+    with pytest.raises(DataError, match="4 of 1000 clips cannot be used, more than the 3 allowed"):
+        quarantine.add("key 3", "broken")

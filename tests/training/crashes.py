@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sat.logs import setup_logging
 from sat.weights.whole import damage_of, iteration_names, problem_of, read_latest, read_manifest
 from tests.ranks import _context
 from tests.tiny import train_on_rank
@@ -133,6 +135,7 @@ def _child(
     sys.stderr = sys.stdout = stream
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    setup_logging(rank)  # it says when a save begins
     killer = Killer(plan)
     killer.install()
     timeout = datetime.timedelta(seconds=60)
@@ -214,6 +217,8 @@ class Reference:
     """Of each rank, the names of the changes on disk that one save makes which also deletes an old checkpoint."""
     begun: Path
     """A run that was killed after three of its saves: the next one deletes one."""
+    told: str
+    """What that one has said."""
 
 
 CLOCK = ("step_time", "data_wait", "comm_wait", "tokens_per_s", "tflops", "mem_gb", "mfu", "hfu")
@@ -248,10 +253,11 @@ def make_reference(folder: Path, world: int, options: tuple[str, ...] = ()) -> R
         assert job.wait() == [0] * world, job.log.read_text()
         changes = [job.changes(rank) for rank in range(world)]
     starts = [save_starts(of_rank, folders=2 if rank == 0 else 1) for rank, of_rank in enumerate(changes)]
+    log.write_text("")
     with Job((*options, f"args.save={begun}"), world, log, {0: Plan(starts[0][3], "before")}) as job:
         assert any(job.wait())
     of_one = [of_rank[start[3] : start[4]] for of_rank, start in zip(changes, starts)]
-    return Reference(manifests, numbers_of(run), of_one, begun)
+    return Reference(manifests, numbers_of(run), of_one, begun, log.read_text())
 
 
 def save_starts(changes: list[str], folders: int) -> list[int]:
@@ -259,8 +265,12 @@ def save_starts(changes: list[str], folders: int) -> list[int]:
     return [place for place, name in enumerate(changes) if name == "mkdir"][::folders]
 
 
-def check_disk(save: Path, reference: Reference) -> int:
-    """What must hold at every instant; returns the step that `latest` names, 0 where nothing was saved yet."""
+def check_disk(save: Path, reference: Reference, told: str) -> int:
+    """What must hold at every instant; returns the step that `latest` names, 0 where nothing was saved yet.
+
+    told: what the run's starts have said. A save begins when the one before is published, at each INTERVAL of steps.
+    So what is lost is one interval and the steps that were made since the last save began, which was under way.
+    """
     run = run_in(save)
     if run is None:
         return 0
@@ -269,17 +279,25 @@ def check_disk(save: Path, reference: Reference) -> int:
         assert read_manifest(run / name) == reference.manifests[int(name)], f"step {name} is not that of the reference"
     latest, problem = read_latest(run)
     trained = max((line["step"] for line in _whole_lines(run / "metrics.jsonl")), default=0)
+    begun, published = last_begun(told), int(latest or 0)
+    assert published >= begun - INTERVAL, f"{latest} is published although the save of {begun} began"
+    since = max(trained - begun, 0)
+    assert since <= INTERVAL and trained - published <= INTERVAL + since, (
+        f"{latest} of {trained} trained, {begun} begun"
+    )
     if latest is None:
         assert problem.startswith("there is no file"), problem
-        assert trained <= 2 * INTERVAL
         return 0
     assert read_manifest(run / latest) == reference.manifests[int(latest)]
     averages = run / f"{latest}-ema"
     assert read_manifest(averages) == reference.manifests[-int(latest)]
     assert problem_of(averages) is None and damage_of(averages) is None
-    # The save that was under way is lost, and the steps made meanwhile: training waits for it before the next one.
-    assert trained - int(latest) <= 2 * INTERVAL, f"latest is {latest} although step {trained} was trained"
-    return int(latest)
+    return published
+
+
+def last_begun(told: str) -> int:
+    """The step of the last save that a run has begun, by what it said; 0 where it has not."""
+    return int(([0, *re.findall(r"saving step (\d+):", told)])[-1])
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -290,10 +308,10 @@ def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def check_end(save: Path, reference: Reference) -> None:
+def check_end(save: Path, reference: Reference, told: str) -> None:
     """A run that was broken off any number of times has come to the same end."""
     run = run_in(save)
-    assert run is not None and check_disk(save, reference) == STEPS
+    assert run is not None and check_disk(save, reference, told) == STEPS
     assert numbers_of(run) == reference.losses
     kept = {str(step) for step in (STEPS - INTERVAL, STEPS)}
     folders = {path.name for path in run.iterdir() if path.is_dir()}
@@ -309,6 +327,7 @@ class Chain:
     def __init__(self, folder: Path, world: int, reference: Reference, is_begun: bool = True) -> None:
         self.folder, self.world, self.reference, self.is_begun = folder, world, reference, is_begun
         self.num_runs, self.num_kills, self.num_finished = 0, 0, 0
+        self.told = ""
 
     @property
     def save(self) -> Path:
@@ -317,8 +336,11 @@ class Chain:
 
     def go(self, plans: dict[int, Plan] | None = None, harm: Callable[[Job], None] = lambda job: None) -> list[int]:
         """One start: it ends killed, and everything is checked, or done, and the next one begins a new run."""
-        if not self.save.exists() and self.is_begun:
-            shutil.copytree(self.reference.begun, self.save)
+        if not self.save.exists():
+            self.told = ""
+            if self.is_begun:
+                self.told = self.reference.told
+                shutil.copytree(self.reference.begun, self.save)
         self.save.mkdir(parents=True, exist_ok=True)
         log = self.folder / "log"
         log.write_text("")  # what it says in a failure is of this start
@@ -326,12 +348,13 @@ class Chain:
         with Job(options, self.world, log, plans) as job:
             harm(job)
             codes = job.wait()
+        self.told += log.read_text()
         if any(codes):
             assert any(code == -signal.SIGKILL for code in codes), log.read_text()
             self.num_kills += 1
-            check_disk(self.save, self.reference)
+            check_disk(self.save, self.reference, self.told)
         else:
-            check_end(self.save, self.reference)
+            check_end(self.save, self.reference, self.told)
             shutil.rmtree(self.save)
             self.num_finished += 1
             self.num_runs += 1

@@ -1,8 +1,9 @@
-"""Kill -9 at every change that a save makes on disk, and at random: nothing is lost but the last interval.
+"""Kill -9 at every change that a save makes on disk, and at random: nothing that was published is lost.
 
-After each kill: all numbered folders are whole and equal the uninterrupted run's bit for bit, `latest` names one of
-them, at most one interval is lost; and the same command goes on to the same end. The whole matrix is marked `faults`;
-a share of it belongs to the default suite.
+After each kill: all numbered folders are whole and equal the uninterrupted run's bit for bit, and `latest` names one of
+them; lost are the steps since it: one interval where no save was under way, and else one interval and the steps that
+were made while the save ran, which are never more than another one; and the same command goes on to the same end. The
+whole matrix is marked `faults`; a share of it belongs to the default suite.
 """
 
 import random

@@ -14,7 +14,7 @@ from torch import nn
 from sat.data.sampler import epoch_permutation
 from sat.data.synthetic import SyntheticLatents
 from sat.errors import ConfigError, TrainingError
-from sat.mpu.launch import Launch
+from sat.mpu.launch import Launch, read_launch
 from sat.mpu.state import ParallelState
 from sat.training.args import deepspeed_config, train_args
 from sat.training.checkpoint import load_weights
@@ -119,6 +119,51 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_checkpoint(tmp_path: 
     assert str(caught.value).count(f"The last good checkpoint is {run}/2: lower the learning rate or mend") == world
 
 
+def train_with_bad_gradients(rank: int, options: tuple[str, ...], first: int) -> None:
+    """From a step on, one parameter's gradients are infinite; losses stay finite."""
+    make, passes = Stepper.__init__, 0
+
+    def making(self: Stepper, model: nn.Module, *rest: Any) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            nonlocal passes
+            passes += 1
+            return gradient * math.inf if passes >= first else gradient
+
+        next(one for one in model.parameters() if one.requires_grad).register_hook(spoil)
+        make(self, model, *rest)
+
+    Stepper.__init__ = making  # type: ignore[method-assign]
+    train_on_rank(rank, options)
+
+
+@pytest.mark.parametrize("is_gradient", [False, True])
+def test_the_checkpoint_that_is_named_is_there_and_good(tmp_path: Path, is_gradient: bool) -> None:
+    """Saves in a row of bad steps must not push the last good one out, whether the loss is bad or gradients alone."""
+    words = ("args.save_interval=1", "args.keep_last=1", "args.max_skipped_steps=3", f"args.save={tmp_path}")
+    words = (*COMMON, *words, "deepspeed.train_micro_batch_size_per_gpu=4", "args.train_iters=9")
+    with pytest.raises(AssertionError) as caught:
+        if is_gradient:
+            run_ranks(train_with_bad_gradients, 1, words, 4)
+        else:
+            bad = [index for step in (4, 5, 6) for index in indices_of_step(step)]
+            run_ranks(train_on_rank, 1, (*words, poisoned(bad)))
+    run = only_run(tmp_path)
+    assert "3 steps in a row, from 4 on" in str(caught.value)
+    assert f"The last good checkpoint is {run}/3: lower the learning rate" in str(caught.value)
+    assert {path.name for path in run.iterdir() if path.name.isdecimal()} == {"3", "5"}
+    assert all(torch.equal(value, load_weights(run / "5")[name]) for name, value in load_weights(run / "3").items())
+
+
+def test_weights_that_were_saved_only_in_the_row_are_named_for_what_they_are(tmp_path: Path) -> None:
+    bad = [index for step in (2, 3, 4) for index in indices_of_step(step)]
+    words = (*COMMON, poisoned(bad), f"args.save={tmp_path}", "args.max_skipped_steps=3")
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(train_on_rank, 1, words)
+    run = only_run(tmp_path)
+    message = f"No good checkpoint was saved before; {run}/2 holds the weights from before step 2, as skipped steps"
+    assert message in str(caught.value) and f"args.mode=finetune args.load={run}/2" in str(caught.value)
+
+
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     """The same command again after a save within a row of bad steps: it stops where it would have stopped."""
     bad = [index for step in (2, 3, 4) for index in indices_of_step(step)]
@@ -128,10 +173,46 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     assert json.loads((only_run(tmp_path) / "2" / "training_state.json").read_text())["health"] == {
         "skipped_in_a_row": 1,
         "first_skipped": 2,
+        "losses": [records(only_run(tmp_path))[0]["loss"]],
     }
     with pytest.raises(AssertionError, match="3 steps in a row, from 2 on"):
         run_ranks(train_on_rank, 1, words)
     assert [record["step"] for record in records(only_run(tmp_path))] == [1, 2, 3]
+
+
+def run_again(rank: int, report: str, folder: str) -> None:
+    """The recipe of docs/checkpoints.md, from what a report says alone."""
+    import shutil
+
+    import torch.distributed as dist
+
+    from sat.config import load_config
+    from sat.training.loop import train_joined
+
+    content = json.loads(Path(report).read_text())
+    checkpoint = Path(content["checkpoint"])
+    again = Path(folder) / checkpoint.name
+    if rank == 0:
+        shutil.copytree(checkpoint, again)
+    dist.barrier()
+    words = [f"args.resume={again}", "args.max_skipped_steps=1"]
+    train_joined(load_config([content["configuration"]], words), content["seed"])
+
+
+def test_a_report_makes_the_step_again(tmp_path: Path) -> None:
+    """From the checkpoint of step 2 over the good step 3 to the bad one, to the last bit; the run is not touched."""
+    bad = poisoned([indices_of_step(4)[2]], "inf")
+    run_ranks(train_on_rank, 2, (*COMMON, bad, f"args.save={tmp_path / 'runs'}"))
+    run, again = only_run(tmp_path / "runs"), tmp_path / "again"
+    report = run / "health" / "step_00000004_skipped.json"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    content = json.loads(report.read_text())
+    assert (content["checkpoint"], content["configuration"]) == (str(run / "2"), str(run / "training_config.yaml"))
+    with pytest.raises(AssertionError, match="1 steps in a row, from 4 on"):
+        run_ranks(run_again, 2, str(report), str(again))
+    assert json.loads((again / "health" / report.name).read_text())["ranks"] == content["ranks"]
+    assert [(one["step"], one["loss"]) for one in records(again)] == [(3, records(run)[2]["loss"])]
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- gradients that are no numbers -----------------------------------------------------------------------------------
@@ -245,7 +326,8 @@ def test_fp16_and_bf16_leave_stage_0() -> None:
 def watch_losses(folder: Path, losses: list[float], deviations: float = 10.0) -> list[str]:
     """The reports that a row of losses makes."""
     launch = Launch(0, 0, 1, torch.device("cpu"))
-    health = Health(HealthOptions(spike_deviations=deviations), folder, launch, {"seed": 1, "global_batch_size": 4})
+    options = HealthOptions(spike_deviations=deviations)
+    health = Health(options, folder, launch, ParallelState(), {"seed": 1, "global_batch_size": 4})
     for step, loss in enumerate(losses, 1):
         health.updated(step, loss, [MicroBatch([4 * step], ["a"], torch.tensor([loss]))])
     return sorted(path.name for path in (folder / "health").iterdir()) if (folder / "health").exists() else []
@@ -275,6 +357,31 @@ def test_a_spike_is_reported_with_what_reproduces_it(tmp_path: Path, caplog: pyt
 def test_what_is_no_spike(tmp_path: Path, losses: list[float], deviations: float) -> None:
     """Noise, a low loss, what is switched off, what comes before there is a measure, next to nothing."""
     assert watch_losses(tmp_path, losses, deviations) == []
+
+
+def spike_on_two_ranks(rank: int, folder: str) -> None:
+    health = Health(HealthOptions(), Path(folder), read_launch(), ParallelState.build(), {})
+    for step, loss in enumerate([*NOISY, 5.0], 1):
+        health.updated(step, loss, [MicroBatch([2 * step + rank], [f"key {rank}"], torch.tensor([loss + rank]))])
+
+
+def test_a_spikes_report_has_the_samples_of_all_ranks(tmp_path: Path) -> None:
+    run_ranks(spike_on_two_ranks, 2, str(tmp_path))
+    ranks = json.loads((tmp_path / "health" / "step_00000041_spike.json").read_text())["ranks"]
+    assert [(own["rank"], own["samples"]) for own in ranks] == [
+        (rank, [[{"counter": 82 + rank, "key": f"key {rank}", "loss": repr(5.0 + rank)}]]) for rank in (0, 1)
+    ]
+
+
+def test_a_resumed_run_knows_what_losses_were_like(tmp_path: Path) -> None:
+    launch, parallel = Launch(0, 0, 1, torch.device("cpu")), ParallelState()
+    before, after = (Health(HealthOptions(), tmp_path, launch, parallel, {}) for _ in range(2))
+    for step, loss in enumerate(NOISY, 1):
+        before.updated(step, loss, [])
+    after.load_state({"skipped_in_a_row": 0, "first_skipped": None})  # of an older checkpoint
+    after.load_state(json.loads(json.dumps(before.state())))
+    after.updated(41, 5.0, [])
+    assert [path.name for path in (tmp_path / "health").iterdir()] == ["step_00000041_spike.json"]
 
 
 # --- replicas --------------------------------------------------------------------------------------------------------

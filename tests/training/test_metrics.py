@@ -1,6 +1,7 @@
 """The record of a run survives breaks and stays valid JSON."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,32 @@ def test_a_continued_run_has_each_step_once(tmp_path: Path) -> None:
         ("valid", 3, 0.0),
         ("train", 4, 1.0),
     ]
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "\0\0\0", '{"kind": "tr', "[1]", "7", "null", "{}", '{"step": "2"}', "\ufffd\x85"]
+)
+def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    first, third = '{"kind": "train", "step": 1, "loss": 0.5}', '{"kind": "train", "step": 3, "loss": 0.25}'
+    file.write_text(f"{first}\n{damaged}\n{third}\n{third[:9]}")
+    MetricsWriter(tmp_path, start_step=3).close()
+    assert file.read_text() == f"{first}\n{third}\n"
+    assert [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()] == [
+        f"{file}: line 2 is damaged and is left out: {damaged}"
+    ]
+
+
+def test_the_record_is_on_disk_before_it_takes_the_place_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("fsync"), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    MetricsWriter(tmp_path, start_step=1).close()
+    assert done == ["fsync", "replace", "fsync"]  # the last is the folder's
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
 """Continuing a run: found by the same command, on the newest whole checkpoint, to the same numbers."""
 
+import errno
 import json
 import re
+import resource
 import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import torch
 
 from sat.data.synthetic import SyntheticLatents
 from sat.training.checkpoint import load_weights, model_file
+from sat.weights.whole import checksum, damage_of, problem_of
 from tests.ranks import run_ranks
 from tests.tiny import only_run, records, train_on_rank
 from tests.training.crashes import Job
+from tests.training.test_identity import HARMS as RUN_FILE_HARMS
 
 COMMON = (
     "args.train_iters=8",
@@ -33,7 +38,7 @@ def options(stage: int, *more: str) -> tuple[str, ...]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 8 steps on one process at stage 1."""
     folder = tmp_path_factory.mktemp("whole")
-    run_ranks(train_on_rank, 1, options(1, f"args.save={folder}"))
+    run_ranks(train_on_rank, 1, options(1, f"args.save={folder}", "args.save_safetensors=true"))
     return only_run(folder)
 
 
@@ -233,11 +238,141 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (flip, "is damaged"),
     "emptied": (lambda file: file.write_bytes(b""), r"has 0 bytes of|is damaged"),
     "deleted": (Path.unlink, "is missing"),
+    "unreadable": (
+        lambda file: (file.unlink(), file.mkdir()),
+        r"has [\d,]+ bytes of|cannot be read \(Is a directory\)",
+    ),
 }
+ALL_FILES = (*FILES, "model.safetensors", "8-ema/mp_rank_00_model_states.pt", "8-ema/model.safetensors")
+"""Of a checkpoint with averages and joined weights."""
 
 
 @pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_no_harm_to_a_file_goes_unseen(whole: Path, tmp_path: Path, name: str, harm: str) -> None:
+    """By names and sizes, or by checksums."""
+    folder = whole / "8-ema" if name.startswith("8-ema") else whole / "8"
+    shutil.copytree(folder, tmp_path / "copy")
+    name = name.removeprefix("8-ema/")
+    HARMS[harm][0](tmp_path / "copy" / name)
+    problem = problem_of(tmp_path / "copy") or damage_of(tmp_path / "copy")
+    assert problem is not None and re.match(rf"{re.escape(name)} ({HARMS[harm][1]})", problem), problem
+
+
+def test_a_file_that_may_not_be_read_is_told(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any user but root, whom no mode keeps out."""
+    opened = Path.open
+
+    def forbidding(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == model_file(0):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", forbidding)
+    assert damage_of(whole / "8") == f"{model_file(0)} cannot be read (Permission denied)"
+
+
+def choose_averages(rank: int, run: Path) -> dict[str, list[str]]:
+    """Each harm to the averaged weights in turn: what is said when weights are opened, and what is taken."""
+    import logging
+
+    from sat.errors import CheckpointError
+    from sat.training.resume import open_weights
+
+    file, said = run / "8-ema" / model_file(0), {}
+    handler = logging.Handler()
+    handler.emit = lambda record: said[harm].append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sat.training.ema").addHandler(handler)
+    content = file.read_bytes()
+    for harm, (break_it, _) in HARMS.items():
+        said[harm] = []
+        break_it(file)
+        try:
+            said[harm].append(str(open_weights(run, "auto").path))
+        except CheckpointError as error:
+            said[harm].append(str(error))
+        if file.is_dir():
+            file.rmdir()
+        file.write_bytes(content)
+    return said
+
+
+def test_broken_averages_are_told_and_never_taken(whole: Path, tmp_path: Path) -> None:
+    """What names and sizes tell gives way to the weights themselves; what checksums tell is refused."""
+    run = tmp_path / whole.name
+    shutil.copytree(whole, run)
+    (said,) = run_ranks(choose_averages, 1, run)
+    (refusal,) = said.pop("flipped")
+    message = rf"{run}/8-ema is not whole: {model_file(0)} is damaged.*; args.weights=raw takes {run}/8 itself"
+    assert re.match(message, refusal), refusal
+    for warning, taken in said.values():
+        assert taken == str(run / "8") and warning.startswith(f"{run / '8-ema'} is not taken ({model_file(0)} "), (
+            warning
+        )
+
+
+# --- disks that fail -------------------------------------------------------------------------------------------------
+
+
+def train_with_small_files(rank: int, words: tuple[str, ...], limit: int) -> None:
+    """As under `ulimit -f`: no file may grow past so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    train_on_rank(rank, words)
+
+
+FAILED = r"that was number 2 in a row \(args.max_failed_saves\), and nothing saved earlier was harmed"
+
+
+def test_a_file_size_limit_harms_nothing(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    before = {path: path.read_bytes() for path in (run / "4").iterdir()}
+    words = options(1, f"args.save={run.parent}", "args.save_interval=2", "args.max_failed_saves=2")
+    with pytest.raises(AssertionError, match=rf"the checkpoint of step 8 was not saved .*File too large.*{FAILED}"):
+        run_ranks(train_with_small_files, 1, words, 50_000)
+    assert {path: path.read_bytes() for path in (run / "4").iterdir()} == before
+    assert (run / "latest").read_text() == "4" and not (run / "8").exists()
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in records(whole)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A file system of its own and a way to mount it anew; where that is not allowed the test is skipped."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> None:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("no file system may be mounted here")
+
+    mount("size=16m")
+    yield folder, mount
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_and_a_read_only_disk_harm_nothing(whole: Path, small_disk: tuple[Path, Callable[[str], None]]) -> None:
+    folder, mount = small_disk
+    run = broken_off(whole, folder / "runs")
+    before = {path: path.read_bytes() for path in (run / "4").iterdir()}
+    words = options(1, f"args.save={run.parent}", "args.save_interval=2", "args.max_failed_saves=2")
+    used = shutil.disk_usage(folder).used
+    mount(f"remount,size={used + 100_000}")
+    with pytest.raises(AssertionError, match=rf"the checkpoint of step 8 was not saved .*No space left.*{FAILED}"):
+        run_ranks(train_on_rank, 1, words)
+    mount("remount,ro")
+    with pytest.raises(AssertionError, match=rf"cannot write to {run}: Read-only file system; give a run that can be"):
+        run_ranks(train_on_rank, 1, words)
+    assert {path: path.read_bytes() for path in (run / "4").iterdir()} == before
+    mount("remount,rw,size=16m")
+    run_ranks(train_on_rank, 1, words)
+    assert (run / "latest").read_text() == "8"
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in records(whole)]
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [(name, harm) for name in FILES for harm in HARMS if harm != "unreadable" or name == model_file(0)],
+)
 def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(
     whole: Path, tmp_path: Path, name: str, harm: str
 ) -> None:
@@ -278,6 +413,55 @@ def test_nothing_whole_is_refused_and_left_alone(whole: Path, tmp_path: Path) ->
     assert only_run(run.parent) == run
 
 
+# --- a run.json that cannot be read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["truncated", "deleted", "unreadable"])
+def test_a_broken_run_file_starts_nothing_over(whole: Path, tmp_path: Path, harm: str) -> None:
+    """The newest checkpoint tells the run, and run.json is written anew."""
+    run = broken_off(whole, tmp_path / "runs")
+    before = json.loads((run / "run.json").read_text())
+    break_it, what = RUN_FILE_HARMS[harm]
+    break_it(run / "run.json")
+    words = options(1, f"args.save={run.parent}")
+    told_of = f"{what.replace('FILE', str(run / 'run.json'))}; checkpoint 4 tells its run"
+    if harm == "unreadable":  # what lies in its place is not ours to delete
+        with pytest.raises(AssertionError, match=re.escape(f"the run cannot start: {run / 'run.json'}: Is a dir")):
+            run_ranks(train_on_rank, 2, words)
+        assert only_run(run.parent) == run and (run / "latest").read_text() == "4"
+        return
+    assert told_of in told(words)
+    assert only_run(run.parent) == run and json.loads((run / "run.json").read_text()) == before
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(r["step"], r["loss"]) for r in records(whole)]
+
+
+def test_a_run_that_nothing_tells_is_refused_or_goes_on_by_name(whole: Path, tmp_path: Path) -> None:
+    run = broken_off(whole, tmp_path / "runs")
+    file = run / "4" / "training_state.json"
+    state = json.loads(file.read_text())
+    del state["run"], state["configuration"]
+    write_whole(file, state)
+    (run / "run.json").write_bytes(b"")
+    problem = f"{run / 'run.json'} is damaged, and its checkpoints do not tell which run they belong to"
+    words = options(1, f"args.save={run.parent}")
+    with pytest.raises(
+        AssertionError, match=re.escape(f"{problem}; args.resume={run} continues it, args.resume=never")
+    ):
+        run_ranks(train_on_rank, 1, words)
+    assert only_run(run.parent) == run and (run / "latest").read_text() == "4"
+    lines = told((*words, f"args.resume={run}"))
+    assert f"{problem}; {run} goes on all the same, as args.resume or args.load names it" in lines
+    assert (run / "latest").read_text() == "8" and json.loads((run / "run.json").read_text())["number"] == 1
+
+
+def write_whole(file: Path, content: dict[str, Any]) -> None:
+    """Change a JSON file of a checkpoint together with its manifest."""
+    file.write_text(json.dumps(content))
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "blake2b": checksum(file)}
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
 # --- by name ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +481,7 @@ def test_a_named_iteration_sets_the_run_back(whole: Path, tmp_path: Path) -> Non
         (("args.resume=nowhere",), "there is no run nowhere; give a run directory, or one of its iterations"),
         (("args.resume=RUN/8-ema",), "RUN/8-ema holds averaged weights, no training state; give 8 beside it"),
         (("args.resume=RUN/8/mp_rank_00_model_states.pt",), "holds weights only, no training state to continue from"),
-        (("args.resume=RUN/tensorboard",), "is no run: it holds neither a checkpoint nor a run.json"),
+        (("args.resume=RUN/tensorboard",), "is no run: it holds neither a checkpoint nor a run.json that is whole"),
         (("args.resume=never", "args.load=RUN"), "args.mode pretrain continues that run, and args.resume is never"),
         (("args.resume=RUN", "args.load=RUN/4"), "args.resume names RUN and args.load RUN/4; give the one to continue"),
     ],

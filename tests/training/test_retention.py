@@ -71,6 +71,14 @@ def test_averages_go_with_their_iteration(tmp_path: Path) -> None:
     assert names(run) == with_averages(2, 4, 5)
 
 
+def test_a_validation_of_earlier_weights_does_not_count(tmp_path: Path) -> None:
+    """Step 2 was saved when the last validation was that of step 1."""
+    run = make_run(tmp_path, {1: 0.1, 2: None, 3: 0.5, 4: None}, "4")
+    state = {"validation": {"step": 1, "loss": 0.1}}
+    (run / "2" / "training_state.json").write_text(json.dumps(state))
+    assert Retention(1, keep_best=2).tidy(run) == [2]
+
+
 def test_averages_that_a_killed_deletion_left_go_too(tmp_path: Path) -> None:
     run = make_run(tmp_path, {1: None, 2: None, 3: None}, "2")
     (run / "1" / "manifest.json").unlink()
@@ -85,6 +93,27 @@ def test_nothing_is_deleted_while_latest_is_in_doubt(tmp_path: Path, latest: str
     run = make_run(tmp_path, {1: None, 2: None}, latest)
     assert Retention(1).tidy(run) == []
     assert names(run) == with_averages(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("states", "deleted"),
+    [
+        ([(True, None), (True, None), (True, None)], [1, 2]),
+        ([(True, None), (True, None), (True, 3)], [1]),  # saved in a row of skipped steps, its batch being well
+        ([(True, None), (False, 2), (False, 2)], [2]),
+        ([(True, None), (False, None), (False, 3)], [2]),  # an update that spoiled the weights
+        ([(False, 1), (False, 1), (False, 1)], [1, 2]),
+    ],
+)
+def test_the_newest_good_one_stays_while_steps_are_bad(
+    tmp_path: Path, states: list[tuple[bool, int | None]], deleted: list[int]
+) -> None:
+    """states: of steps 1, 2, 3 whether their loss was finite, and the first of the skipped steps before them."""
+    run = make_run(tmp_path, {1: None, 2: None, 3: None}, "3")
+    for step, (is_finite, first) in enumerate(states, 1):
+        state = {"check": {} if is_finite else None, "health": {"first_skipped": first}}
+        (run / str(step) / "training_state.json").write_text(json.dumps(state))
+    assert Retention(1).tidy(run) == deleted
 
 
 def read_until(folder: Path, reads: Event, done: Event) -> None:

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from sat.data.synthetic import SyntheticLatents
 from sat.training.checkpoint import find_checkpoint, load_weights
-from sat.training.signals import STOPPED, StopRequest
-from tests.launch import Launched, start
+from sat.training.signals import LAUNCHERS, STOPPED, StopRequest
+from tests.launch import ROOT, STOPPING, Launched, start
 from tests.ranks import run_ranks
 from tests.tiny import SMALLER, only_run, records
 
@@ -46,6 +46,16 @@ def test_a_signal_is_noted_and_its_echo_is_not_a_second_one(number: signal.Signa
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_after_a_time_limit_is_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job scheduler's, while the run saves: it must not end the save."""
+    monkeypatch.setattr(StopRequest, "ECHO_SECONDS", 0.0)
+    with StopRequest() as stop:
+        stop.ask("the time is up")
+        os.kill(os.getpid(), signal.SIGTERM)  # would end this process if it were taken for a second one
+        wait_for(lambda: stop._signalled_at is not None)
+        assert stop.name == "the time is up"
+
+
 def test_other_signals_are_not_taken_for_a_request() -> None:
     """A data worker's end comes as SIGCHLD, for which torch has a handler too."""
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
@@ -56,6 +66,21 @@ def test_other_signals_are_not_taken_for_a_request() -> None:
             assert stop.name is None
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_process_whose_launcher_has_died_stops(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(StopRequest, "LOOK_SECONDS", 0.01)
+    parents = iter([7, 7, 7])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents, 1))
+    for other in LAUNCHERS:
+        monkeypatch.delenv(other, raising=False)
+    with StopRequest() as stop:  # started by hand, from a shell that may go
+        time.sleep(0.1)
+        assert stop.name is None
+    monkeypatch.setenv(name, "1")
+    with StopRequest() as stop:
+        wait_for(lambda: stop.name == "the launcher of this process has died")
 
 
 def stop_one_rank(rank: int) -> list[bool]:
@@ -85,7 +110,7 @@ def assert_saved(launched: Launched, folder: Path) -> None:
     checkpoint = find_checkpoint(run)
     assert checkpoint.step == last < 100000
     assert all(value.isfinite().all() for value in load_weights(run).values())
-    assert launched.output.count("stopping after this step, with a checkpoint; once more ends at once") == 1
+    assert launched.output.count("stopping after this step, with a checkpoint") == 1
     assert launched.output.count(f"saved {checkpoint.path}") == 1
     assert not list(run.glob(".*.saving"))
 
@@ -98,6 +123,9 @@ SLOW = pytest.mark.slow
     [
         ("python", signal.SIGTERM, True, 2),  # job schedulers reach the data workers too
         ("torchrun", signal.SIGINT, True, 0),
+        ("torchrun-stopping", signal.SIGUSR1, False, 0),
+        pytest.param("torchrun", signal.SIGKILL, False, 0, marks=SLOW),  # it cannot tell its processes; they notice
+        pytest.param("torchrun", signal.SIGUSR1, False, 2, marks=SLOW),  # without the flags it dies of it
         pytest.param("python", signal.SIGINT, True, 2, marks=SLOW),
         pytest.param("python", signal.SIGTERM, False, 0, marks=SLOW),
         pytest.param("torchrun", signal.SIGTERM, False, 2, marks=SLOW),
@@ -119,6 +147,21 @@ def test_a_run_saves_and_leaves(
         assert_saved(launched, tmp_path)
     if launcher == "python":
         assert launched.process.returncode == STOPPED
+
+
+def test_the_pages_give_the_options_that_are_tested() -> None:
+    assert (ROOT / "docs" / "multi_node.md").read_text(encoding="utf-8").count(f"{STOPPING} ") == 3
+
+
+def test_a_time_limit_saves_and_leaves(tmp_path: Path) -> None:
+    """A minute is what a first save may take: the limit is near at once."""
+    with start(
+        "python", "train_video.py", tmp_path, *WORDS, "args.time_limit_minutes=1", f"args.save={tmp_path}"
+    ) as job:
+        assert_saved(job, tmp_path)
+    assert job.process.returncode == STOPPED == 75
+    assert "args.time_limit_minutes 1: stopping after this step, with a checkpoint" in job.output
+    assert find_checkpoint(only_run(tmp_path)).step == 1
 
 
 class Stuck(Dataset):

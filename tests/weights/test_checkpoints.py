@@ -67,6 +67,14 @@ def test_checksums_find_what_sizes_do_not(run: Path) -> None:
     assert done.returncode == 1 and "  9: not whole: optimizer_rank_00000.safetensors is damaged" in done.stdout
 
 
+def test_a_damaged_run_file_is_named(run: Path) -> None:
+    (run / "run.json").write_text('{"numb')
+    (first, *others) = checkpoints(run)
+    assert (first.path, first.problem) == (run / "run.json", "run.json is damaged") and len(others) == 3
+    done = run_tool(str(run))
+    assert done.returncode == 1 and "  run.json: not whole: run.json is damaged\n" in done.stdout
+
+
 def test_released_weights_have_no_list(tmp_path: Path) -> None:
     write_transformer(tmp_path, "5B", "1")
     assert checkpoints(tmp_path) == [] and checkpoints(tmp_path / "1") == []
