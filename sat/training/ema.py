@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sat.errors import CheckpointError, ConfigError
 from sat.mpu.shards import ShardRule
-from sat.training.checkpoint import CheckpointPath, load_parts, load_pickle, weight_files
+from sat.training.checkpoint import load_parts, load_pickle, weight_files
 from sat.training.files import Entry, LazyTensor, write_safetensors, write_torch
 from sat.training.optimizer_state import StoredState
+from sat.weights.finding import CheckpointPath
 from sat.weights.whole import AVERAGES, problem_of
 
 log = logging.getLogger(__name__)

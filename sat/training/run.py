@@ -39,13 +39,14 @@ from sat.training.optimizer_state import StoredState
 from sat.training.preview import check_numbers, clip_sizes
 from sat.training.resume import Start, find_start, lock_run, open_weights, read_training_state, set_back
 from sat.training.resume_check import Circumstances, LossRecord, check_losses, gather_losses
-from sat.training.retention import Retention, reading
+from sat.training.retention import Retention
 from sat.training.run_dir import check_writable, make_run_dir, write_description
 from sat.training.samples import ValidationSamples
 from sat.training.saving import HostMemory, SaveOptions, Saver, Snapshot
 from sat.training.stages import Stage, plan_stages, stage_lines, stages_left
 from sat.training.step import Stepper, check_with_deepspeed
 from sat.training.systems import DiffusionSystem, attention_work, build_system, check_files
+from sat.weights.finding import reading
 from sat.weights.whole import iteration_names
 
 log = logging.getLogger(__name__)

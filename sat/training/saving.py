@@ -29,7 +29,6 @@ from sat.mpu.launch import Launch
 from sat.mpu.shards import ShardRule
 from sat.mpu.state import ParallelState
 from sat.training.adapters import write_adapters
-from sat.training.checkpoint import model_file
 from sat.training.ema import write_averages, write_consolidated
 from sat.training.files import (
     SAVING,
@@ -44,6 +43,7 @@ from sat.training.files import (
 from sat.training.lock import LockLost
 from sat.training.optimizer_state import Fragment, optimizer_file, save_fragments
 from sat.training.retention import Retention
+from sat.weights.finding import model_file
 from sat.weights.whole import AVERAGES, LATEST, MANIFEST, TRAINING_STATE
 
 log = logging.getLogger(__name__)
