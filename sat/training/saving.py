@@ -8,6 +8,9 @@ been written at their step boundaries, where they meet anyway.
     step boundary    all are written: rank 0 is told           poll()
     thread           rank 0 adds averages, state and manifest, renames, moves `latest`, deletes what is not kept
     step boundary    all ranks learn that it is done           poll()
+
+Host memory: each rank's copy of what it writes (`HostMemory`), and on rank 0, while averages are written, the weights
+of one tensor-parallel rank in their own precision besides, with one parameter in float32.
 """
 
 import logging
