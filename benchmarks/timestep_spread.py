@@ -23,10 +23,11 @@ from sat.config import ConfigNode, load_config
 from sat.environment import prepare_environment
 from sat.errors import ConfigError
 from sat.training.args import train_args
-from sat.training.checkpoint import find_checkpoint, load_parts
+from sat.training.checkpoint import load_parts
 from sat.training.data import TrainingData
 from sat.training.run_dir import TRAINING_CONFIG
 from sat.training.systems import DiffusionSystem, build_system
+from sat.weights.finding import find_checkpoint
 
 SEED = 7
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from sat.sampling.cli import main as sample
-from sat.training.checkpoint import model_file
 from sat.training.cli import main as train
+from sat.weights.finding import model_file
 from tests.ranks import run_ranks
 from tests.tiny import SMALLER, TINY, only_run, train_on_rank
 from tests.training.test_checkpoint import weights_like

@@ -4,8 +4,8 @@
 
 Makes a set of clips of moving shapes and a tiny T5, trains the VAE and the transformer, samples captions that training
 has seen and captions that it has not, and grades the videos with a checker that has no learned part. Every step is one
-command that is printed before it runs; a step whose result is there already is passed over. Exit code 1 if the grades
-are below the bars.
+command that is printed before it runs; a step whose result is there already is passed over, videos only if the same
+weights made them. Exit code 1 if the grades are below the bars.
 """
 
 import argparse
@@ -14,7 +14,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sat.weights.whole import LATEST, MANIFEST, checksum
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 42
@@ -64,6 +70,34 @@ def trained(folder: Path, steps: int, num_processes: int, *words: object) -> Pat
     if done is None:
         sys.exit(f"{folder} has no checkpoint of step {steps}: training was stopped; start again")
     return done
+
+
+MADE_OF = "made_of.json"
+"""In a folder of videos: the checksums and settings that they were made with."""
+
+
+def checkpoint_mark(run_dir: Path) -> dict[str, str]:
+    """What tells the newest checkpoint of a run from any other."""
+    step = (run_dir / LATEST).read_text(encoding="utf-8").strip()
+    return {"step": step, "manifest": checksum(run_dir / step / MANIFEST)}
+
+
+def is_made_of(folder: Path, made_of: Mapping[str, Any], num_videos: int) -> bool:
+    """Whether a folder holds so many videos that were made of this; if not, none is left in it."""
+    try:
+        found = json.loads((folder / MADE_OF).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found == made_of and len(list(folder.glob("*.mp4"))) == num_videos:
+        return True
+    for file in (*folder.glob("*.mp4"), folder / MADE_OF):
+        file.unlink(missing_ok=True)
+    return False
+
+
+def note_made_of(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Say what the videos in a folder were made of, once they are all there."""
+    (folder / MADE_OF).write_text(json.dumps(made_of, indent=1), encoding="utf-8")
 
 
 class Demo:
@@ -120,7 +154,13 @@ class Demo:
             ),
         ):
             folder, prompts = self.out / "samples" / name, self.out / f"prompts-{name}.txt"
-            if len(list(folder.glob("*.mp4"))) == SAMPLES_PER_CAPTION * len(captions):
+            made_of = {
+                "model": checkpoint_mark(model),
+                "vae": checksum(self.vae),
+                "captions": captions,
+                "more": [*more],
+            }
+            if is_made_of(folder, made_of, SAMPLES_PER_CAPTION * len(captions)):
                 continue
             prompts.write_text("\n".join(captions * SAMPLES_PER_CAPTION) + "\n", encoding="utf-8")
             python(
@@ -133,7 +173,12 @@ class Demo:
                 f"args.output_dir={folder}",
                 *more,
             )
-        if not (self.out / "reconstructions" / "summary.json").is_file():
+            note_made_of(folder, made_of)
+        self._reconstruct()
+
+    def _reconstruct(self) -> None:
+        folder, made_of = self.out / "reconstructions", {"vae": checksum(self.vae), "parts": [*self.parts]}
+        if not is_made_of(folder, made_of, VALIDATION_CLIPS):
             python(
                 "tools/reconstruct.py",
                 "--base",
@@ -141,11 +186,12 @@ class Demo:
                 "--data",
                 self.validation,
                 "--out",
-                self.out / "reconstructions",
+                folder,
                 "--clips",
                 VALIDATION_CLIPS,
                 *self.parts,
             )
+            note_made_of(folder, made_of)
 
     def report(self, model: Path) -> bool:
         """Print the table, write the pictures; whether every bar is reached."""

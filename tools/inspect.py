@@ -3,7 +3,8 @@
     python tools/inspect.py CogVideoX-5B-sat runs/sft-11-24-10-00 3d-vae.pt
 
 Reads names and sizes, not the numbers: seconds for 20 GB. Of a run it lists the checkpoints: what each holds, at which
-layout it was written, whether it is whole; --checksums reads their files, too. Exit code 1 if something is wrong.
+layout it was written, whether it is whole; for that it reads their files and compares checksums, a second or two a
+gigabyte, unless --quick is given. Exit code 1 if something is wrong.
 """
 
 import os
@@ -28,15 +29,17 @@ def main() -> None:
     import logging
     from pathlib import Path
 
+    from tqdm import tqdm
+
     from sat.errors import SatError
     from sat.logs import setup_logging
-    from sat.weights.checkpoints import checkpoints
+    from sat.weights.checkpoints import bytes_to_read, checkpoints
     from sat.weights.survey import survey
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a file of weights, or a folder")
     parser.add_argument(
-        "--checksums", action="store_true", help="read checkpoints whole and compare with their manifests"
+        "--quick", action="store_true", help="of a run's checkpoints compare names and sizes alone, not the content"
     )
     setup_logging()
     options = parser.parse_args()
@@ -47,10 +50,13 @@ def main() -> None:
         except SatError as error:
             logging.getLogger("sat").error("error: %s", error)
             sys.exit(2)
-        finding.parts += checkpoints(path, options.checksums)
+        total = 0 if options.quick else bytes_to_read(path)
+        shows_bar = total > 0 and sys.stderr.isatty()
+        with tqdm(desc=str(path), total=total, disable=not shows_bar, unit="B", unit_scale=True, leave=False) as bar:
+            finding.parts += checkpoints(path, None if options.quick else bar.update)
         problems = finding.problems()
         status = 1 if problems else status
-        are_read = options.checksums and finding.parts
+        are_read = total > 0
         verdict = "nothing wrong found" + ("" if are_read else " (the numbers themselves were not read)")
         if problems:
             where, problem = problems[0]

@@ -26,10 +26,12 @@ from sat.config import dump_config, instantiate_from_config, load_yaml
 from sat.errors import CheckpointError, ConfigError, SatError
 from sat.logs import setup_logging
 from sat.mpu.shards import ShardRule, shard_rules
-from sat.training.checkpoint import LATEST, CheckpointPath, find_checkpoint, load_parts, model_file, reshard
+from sat.training.checkpoint import load_parts, reshard
 from sat.training.files import write_text
 from sat.training.preset import load_run_config
 from sat.training.run_dir import MODEL_CONFIG, TRAINING_CONFIG
+from sat.weights.finding import CheckpointPath, model_file, open_checkpoint
+from sat.weights.whole import LATEST
 
 log = logging.getLogger("sat.reshard")
 
@@ -97,13 +99,13 @@ def main(words: Sequence[str] | None = None) -> None:
             raise ConfigError(
                 f"--tp {options.tp} does not go with {options.out}: one file holds the weights of one rank"
             )
-        checkpoint = find_checkpoint(options.source)
-        parts = load_parts(checkpoint)
-        rules = split_rules(options.base, options.source, parts[0])
-        if options.out.suffix == ".pt":
-            write_file(options.out, next(reshard(parts, rules, 1)), checkpoint.step)
-        else:
-            write_run(options.out, checkpoint, parts, rules, options.tp)
+        with open_checkpoint(options.source) as checkpoint:
+            parts = load_parts(checkpoint)
+            rules = split_rules(options.base, str(checkpoint.path), parts[0])
+            if options.out.suffix == ".pt":
+                write_file(options.out, next(reshard(parts, rules, 1)), checkpoint.step)
+            else:
+                write_run(options.out, checkpoint, parts, rules, options.tp)
     except SatError as error:
         log.error("error: %s", error)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
@@ -16,15 +17,15 @@ from sat.weights.survey import TEXT_ENCODER_FOLDER, read_json
 log = logging.getLogger(__name__)
 
 
-def companion_vae(places: Places, section: ConfigNode, given: Path | None) -> Place | None:
+def companion_vae(places: Places, section: ConfigNode, given: Path | None, leases: ExitStack) -> Place | None:
     """The user's, that of the tree, that of the configuration if it is on this disk."""
     if given is not None:
-        return find_vae(given)
+        return find_vae(given, leases)
     if places.vae is not None:
         return places.vae
     named = descriptions.look_up(section, "first_stage_config", "params", "ckpt_path")
     path = _first_there(places, "vae", [named] if named else [])
-    return None if path is None else find_vae(path)
+    return None if path is None else find_vae(path, leases)
 
 
 def companion_text(places: Places, section: ConfigNode, given: Path | None) -> tuple[Path, Path] | None:

@@ -20,11 +20,12 @@ from sat.convert import descriptions
 from sat.convert.adapters import Adapters, adapters_from_names, adapters_from_sat, is_sat_adapter
 from sat.convert.places import Place
 from sat.errors import CheckpointError, ConfigError
-from sat.training.checkpoint import find_checkpoint, fit_weights, join_parts, load_weights, weight_files
+from sat.training.checkpoint import fit_weights, join_parts, load_weights, weight_files
 from sat.training.fit import build_on_meta
 from sat.training.preset import CONFIGS, model_file
 from sat.vae.checkpoint import load_vae_state
 from sat.weights.describe import diffusers_preset
+from sat.weights.finding import find_checkpoint
 from sat.weights.from_diffusers import LEFTOVER_ROWS, complete_transformer, component_files, rename_vae
 from sat.weights.lora import lora_of
 from sat.weights.survey import read_json

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sat.cogvideox import presets
 from sat.errors import CheckpointError
-from sat.training.checkpoint import find_checkpoint, model_file
 from sat.weights.describe import NO_ALPHA, listed
+from sat.weights.finding import find_checkpoint, hold, iterations_to_try, model_file, open_checkpoint
 from sat.weights.from_diffusers import component_files
 from sat.weights.headers import Header, read_header
 from sat.weights.survey import TEXT_ENCODER_FOLDER, read_json, survey
+from sat.weights.whole import AVERAGES, LATEST, iteration_names
 
 log = logging.getLogger(__name__)
 
@@ -79,16 +81,19 @@ class Places:
         return ", ".join(word for word, part in named.items() if part is not None) or "nothing"
 
 
-def find_places(path: Path, weights: Weights = "auto") -> Places:
-    """The parts of a file or folder in any of the layouts. Nothing but names and shapes is read.
+def find_places(path: Path, leases: ExitStack, weights: Weights = "auto") -> Places:
+    """The parts of a file or folder in any of the layouts. Names and shapes tell; where there is a manifest the content
+    is compared with it.
 
-    weights: of a run, its averaged weights (ema), or those that were trained (raw); auto takes the averaged ones where
-    there are some. Raises CheckpointError where there is nothing to convert, or where a part is not whole.
+    leases: what was found is held against deletion until it closes. weights: of a run, its averaged weights (ema), or
+    those that were trained (raw); auto takes the averaged ones where there are some. Raises CheckpointError where there
+    is nothing to convert, or where a part is not whole.
     """
     if not path.exists():
         raise CheckpointError(f"there is no file or folder {path}")
     path = path.parent if path.name.endswith(".index.json") else path
-    places = _of_tree(path, weights) if path.is_dir() and not _has_weights(path) else _of_one(path, weights)
+    find = _of_tree if path.is_dir() and not _has_weights(path) else _of_one
+    places = find(path, leases, weights)
     if places.transformer is None and places.vae is None and places.adapters is None:
         held = listed(sorted(entry.name for entry in path.iterdir())) if path.is_dir() else "something else"
         more = "; a text encoder needs no converting" if places.encoder is not None else ""
@@ -96,9 +101,9 @@ def find_places(path: Path, weights: Weights = "auto") -> Places:
     return places
 
 
-def find_vae(path: Path) -> Place:
+def find_vae(path: Path, leases: ExitStack) -> Place:
     """The VAE at a path."""
-    place = find_places(path).vae
+    place = find_places(path, leases).vae
     if place is None:
         raise CheckpointError(f"there is no VAE in {path}")
     return place
@@ -122,7 +127,7 @@ def find_text_encoder(path: Path) -> tuple[Path, Path]:
 
 def _has_weights(folder: Path) -> bool:
     """Whether a folder is one part: a run, an iteration, or a model of diffusers'; not a tree of parts."""
-    is_run = (folder / "latest").is_file() or any(folder.glob("*/mp_rank_*_model_states.pt"))
+    is_run = (folder / LATEST).is_file() or any(folder.glob("*/mp_rank_*_model_states.pt"))
     has_files = any(folder.glob("*.safetensors")) or any(folder.glob("*.pt")) or any(folder.glob("*.index.json"))
     return (is_run or has_files) and not _is_tree(folder)
 
@@ -132,7 +137,7 @@ def _is_tree(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or any((folder / name).is_dir() for name in known)
 
 
-def _of_tree(path: Path, weights: Weights) -> Places:
+def _of_tree(path: Path, leases: ExitStack, weights: Weights) -> Places:
     parts: dict[str, Any] = {}
     for part, names in FOLDERS.items():
         found = [path / name for name in names if (path / name).is_dir()]
@@ -142,7 +147,7 @@ def _of_tree(path: Path, weights: Weights) -> Places:
                 "these folders (the VAE and T5 beside it are found)"
             )
         if found:
-            parts[part] = getattr(_of_one(found[0], weights), part)
+            parts[part] = getattr(_of_one(found[0], leases, weights), part)
             if parts[part] is None:
                 raise CheckpointError(f"{found[0]} holds no {part}")
     try:
@@ -152,9 +157,9 @@ def _of_tree(path: Path, weights: Weights) -> Places:
     return Places(path, **parts, encoder=encoder, tokenizer=tokenizer)
 
 
-def _of_one(path: Path, weights: Weights) -> Places:
+def _of_one(path: Path, leases: ExitStack, weights: Weights) -> Places:
     """The places where a path is one part, or a file."""
-    path = _chosen_iteration(path, weights)
+    path = _chosen_iteration(path, leases, weights)
     finding = survey(path)
     problems = [found for found in finding.problems() if found[1] != NO_ALPHA]
     if problems:
@@ -177,29 +182,50 @@ def _of_one(path: Path, weights: Weights) -> Places:
     raise CheckpointError(f"{path} holds no transformer, VAE or adapters to convert, but {finding.what}")
 
 
-def _chosen_iteration(path: Path, weights: Weights) -> Path:
-    """A run's iteration, averaged or not; what is no run is left as it is."""
+def _chosen_iteration(path: Path, leases: ExitStack, weights: Weights) -> Path:
+    """A run's iteration, averaged or not, whole and held; what is no run is left as it is."""
     if path.is_file():
         if weights != "auto":
             raise CheckpointError(f"--weights {weights} chooses between a run's folders; {path} is one file")
-        return path
+        return leases.enter_context(open_checkpoint(path)).path
     is_iteration = (path / model_file(0)).is_file()
-    if not is_iteration and not (path / "latest").is_file():
+    if not is_iteration and not (path / LATEST).is_file() and not iteration_names(path):
         return path
-    step = find_checkpoint(path).path
     if is_iteration and weights == "auto":
-        return step
-    raw = step.with_name(step.name.removesuffix("-ema"))
-    averaged = raw.with_name(f"{raw.name}-ema")
-    has_averaged = (averaged / model_file(0)).is_file()
-    if weights == "ema" and not has_averaged:
-        raise CheckpointError(f"{step.parent} has no averaged weights: there is no {averaged.name}/{model_file(0)}")
-    chosen = averaged if has_averaged and weights != "raw" else raw
-    if not (chosen / model_file(0)).is_file():
-        raise CheckpointError(f"there is no {chosen / model_file(0)}")
-    if has_averaged:
-        log.info("taking the %s weights of iteration %s", "averaged" if chosen == averaged else "trained", raw.name)
+        return leases.enter_context(open_checkpoint(path)).path
+    run_dir, names = (path.parent, [path.name]) if is_iteration else (path, iterations_to_try(path))
+    averages = [_averages_of(run_dir / name) for name in names]
+    if weights == "ema" and not any(_is_there(folder) for folder in averages):
+        raise CheckpointError(f"{run_dir} has no averaged weights: there is no {averages[0].name}/{model_file(0)}")
+    step = find_checkpoint(path, lambda folder: _chosen_problem(folder, leases, weights)).path
+    chosen = _chosen(step, weights)
+    if _is_there(_averages_of(step)):
+        kind = "averaged" if chosen == _averages_of(step) else "trained"
+        log.info("taking the %s weights of iteration %s", kind, step.name.removesuffix(AVERAGES))
     return chosen
+
+
+def _averages_of(step: Path) -> Path:
+    return step.with_name(f"{step.name.removesuffix(AVERAGES)}{AVERAGES}")
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / model_file(0)).is_file()
+
+
+def _chosen(step: Path, weights: Weights) -> Path:
+    """Which of an iteration's folders is wanted."""
+    averages = _averages_of(step)
+    is_averaged = weights == "ema" or (weights == "auto" and _is_there(averages))
+    return averages if is_averaged else step.with_name(step.name.removesuffix(AVERAGES))
+
+
+def _chosen_problem(step: Path, leases: ExitStack, weights: Weights) -> str | None:
+    """Why what is wanted of an iteration cannot be taken; it is held."""
+    chosen = _chosen(step, weights)
+    if not _is_there(chosen):
+        return f"there is no {chosen.name}/{model_file(0)}"
+    return hold(chosen, leases)
 
 
 def _files(path: Path) -> Sequence[Path]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,25 +78,26 @@ def convert(request: Request) -> list[str]:
 
     The target appears whole, and only if all checks pass. Raises SatError.
     """
-    with writing.staged(request.target) as staging:  # first: a target that is there costs no reading
+    # The target first: one that is there costs no reading.
+    with writing.staged(request.target) as staging, ExitStack() as leases:
         if request.check != "none":
             checking.load_diffusers()
-        places = find_places(request.source, request.weights)
+        places = find_places(request.source, leases, request.weights)
         log.info("%s holds %s", request.source, places.words())
         if places.transformer is None and places.vae is None:
-            lines = _convert_adapters_alone(request, places, staging)
+            lines = _convert_adapters_alone(request, places, staging, leases)
         elif places.transformer is None:
             assert places.vae is not None
             lines = _convert_vae_alone(request, places.vae, staging)
         else:
-            lines = _convert_model(request, places, staging)
+            lines = _convert_model(request, places, staging, leases)
     return [f"wrote {request.target}", *lines]
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def _convert_adapters_alone(request: Request, places: Places, staging: Path) -> list[str]:
+def _convert_adapters_alone(request: Request, places: Places, staging: Path, leases: ExitStack) -> list[str]:
     assert places.adapters is not None
     adapters = read_adapters(places.adapters, request.lora_alpha)
     if not request.merge:
@@ -106,12 +108,12 @@ def _convert_adapters_alone(request: Request, places: Places, staging: Path) -> 
         raise CheckpointError(
             f"{request.source} holds adapters without the model that they belong to; give it: --merge-lora BASE"
         )
-    base = find_places(request.merge_base)
+    base = find_places(request.merge_base, leases)
     if base.transformer is None:
         raise CheckpointError(f"--merge-lora {request.merge_base} holds {base.words()}, no transformer to fold into")
     section = find_section(base.transformer, request.base)
     transformer = read_transformer(base.transformer, section)
-    return _write_model(request, base, replace(transformer, adapters=adapters), staging)
+    return _write_model(request, base, replace(transformer, adapters=adapters), staging, leases)
 
 
 def _write_adapters(
@@ -133,9 +135,10 @@ def _write_adapters(
         else:
             state = adapters_to_kohya(adapters, request.nodes == "core")
         writing.write_adapters(state, metadata, file)
-    place = find_places(file).adapters
-    assert place is not None
-    back = read_adapters(place)
+    with ExitStack() as leases:
+        place = find_places(file, leases).adapters
+        assert place is not None
+        back = read_adapters(place)
     largest = largest_difference(adapters, back)
     ranks = sorted({adapter.rank for adapter in adapters.values()})
     scales = sorted({adapter.scale for adapter in adapters.values()})
@@ -187,7 +190,8 @@ def _convert_vae_alone(request: Request, place: Place, staging: Path) -> list[st
 def _check_vae(
     request: Request, state: Mapping[str, Tensor], sizes: Mapping[str, Any], section: ConfigNode | None, written: Path
 ) -> list[str]:
-    back = read_vae(find_vae(written))
+    with ExitStack() as leases:
+        back = read_vae(find_vae(written, leases))
     lines = [checking.compare_states(back, state, "the VAE")]
     if request.check != "none":
         theirs = vae_to_diffusers(back, len(sizes["ch_mult"]))
@@ -198,7 +202,7 @@ def _check_vae(
 # --- a model ---------------------------------------------------------------------------------------------------------
 
 
-def _convert_model(request: Request, places: Places, staging: Path) -> list[str]:
+def _convert_model(request: Request, places: Places, staging: Path, leases: ExitStack) -> list[str]:
     assert places.transformer is not None
     if request.merge_base is not None:
         raise CheckpointError(f"--merge-lora takes no BASE here: {request.source} holds its own transformer")
@@ -211,7 +215,7 @@ def _convert_model(request: Request, places: Places, staging: Path) -> list[str]
         log.info("these are adapters and the weights under them: writing the adapters (--merge-lora: the whole model)")
         shapes = {name: value.shape for name, value in transformer.state.items()}
         return _write_adapters(request, transformer.adapters, presets.describe_weights(shapes), transformer, staging)
-    return _write_model(request, places, transformer, staging)
+    return _write_model(request, places, transformer, staging, leases)
 
 
 def _check_reading(place: Place, transformer: Transformer) -> None:
@@ -220,7 +224,9 @@ def _check_reading(place: Place, transformer: Transformer) -> None:
         checking.compare_states(transformer.to_diffusers(), read_diffusers(place), str(place.path))
 
 
-def _write_model(request: Request, places: Places, transformer: Transformer, staging: Path) -> list[str]:
+def _write_model(
+    request: Request, places: Places, transformer: Transformer, staging: Path, leases: ExitStack
+) -> list[str]:
     """The whole model of a transformer, with its adapters folded in, and the VAE and T5 that belong to it."""
     assert places.transformer is not None
     if transformer.adapters:
@@ -228,7 +234,7 @@ def _write_model(request: Request, places: Places, transformer: Transformer, sta
         log.info("folded %d adapters in", len(transformer.adapters))
         transformer = replace(transformer, state={**transformer.state, **merged}, adapters={})
     transformer = replace(transformer, state=_cast(transformer.state, request.dtype))
-    vae = companion_vae(places, transformer.section, request.vae)
+    vae = companion_vae(places, transformer.section, request.vae, leases)
     vae_state = None if vae is None else _cast(read_vae(vae), request.dtype)
     text = None if request.to == "comfy" else companion_text(places, transformer.section, request.text_encoder)
     check_companions(places.transformer, transformer.section, vae_state, text)
@@ -350,7 +356,8 @@ _WRITERS: Mapping[Layout, Callable[[_Job], list[str]]] = {
 
 
 def _check_transformer(request: Request, transformer: Transformer, written: Path) -> list[str]:
-    place = find_places(written).transformer
+    with ExitStack() as leases:
+        place = find_places(written, leases).transformer
     assert place is not None
     theirs = transformer.to_diffusers()
     if place.family == presets.TRANSFORMER:

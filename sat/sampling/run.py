@@ -44,8 +44,8 @@ from sat.training.checkpoint import fit_weights, load_parts
 from sat.training.fit import check_model
 from sat.training.layout import build_parallel_state
 from sat.training.resume import open_weights
-from sat.training.retention import reading
 from sat.training.systems import attention_work
+from sat.weights.finding import reading
 from sat.weights.lora import attach_loras
 
 log = logging.getLogger(__name__)

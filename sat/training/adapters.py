@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from sat.cogvideox.engine import NETWORK_PREFIX
 from sat.config import load_yaml
-from sat.training.checkpoint import CheckpointPath, find_checkpoint, is_iteration_folder, load_parts
+from sat.training.checkpoint import load_parts
 from sat.training.ema import choose_weights
 from sat.training.files import Entry, LazyTensor, write_safetensors
 from sat.training.preview import model_parts, params_of
 from sat.training.run_dir import TRAINING_CONFIG
+from sat.weights.finding import CheckpointPath, is_iteration_folder, open_checkpoint
 from sat.weights.lora import LORA_FILE, MATRIX, LoraFile, join_adapters, lora_of, read_lora
 
 log = logging.getLogger(__name__)
@@ -23,19 +25,27 @@ def load_lora(path: str | Path, weights: str = "auto") -> LoraFile:
     """The adapter of a file of adapters, or of a checkpoint that holds them beside the whole model, as SAT's do.
 
     weights: of a run or an iteration, the averaged ones or the last ones, see `choose_weights`. Raises CheckpointError
-    where there is no adapter.
+    where there is no adapter, or where it is not what the manifest says.
     """
     path = Path(path)
-    if path.suffix == ".safetensors" and path.is_file():
-        return read_lora(path)
     if (path / LORA_FILE).is_file() and not is_iteration_folder(path):
-        return read_lora(path / LORA_FILE)
-    checkpoint = choose_weights(find_checkpoint(path), weights)
-    if not checkpoint.is_file and (checkpoint.path / LORA_FILE).is_file():
-        return read_lora(checkpoint.path / LORA_FILE)
+        path = path / LORA_FILE
+    with ExitStack() as opened:
+        found = opened.enter_context(open_checkpoint(path))
+        if found.is_file and path.suffix == ".safetensors":
+            return read_lora(path)
+        checkpoint = choose_weights(found, weights)
+        if checkpoint != found:
+            opened.enter_context(open_checkpoint(checkpoint.path))
+        if not checkpoint.is_file and (checkpoint.path / LORA_FILE).is_file():
+            return read_lora(checkpoint.path / LORA_FILE)
+        return _of_checkpoint(checkpoint, str(path))
+
+
+def _of_checkpoint(checkpoint: CheckpointPath, source: str) -> LoraFile:
     parts = load_parts(checkpoint)
     whole = {**parts[0], **join_adapters([_matrices(part) for part in parts])}
-    return _of_network(whole, alpha_of(checkpoint), str(path))
+    return _of_network(whole, alpha_of(checkpoint), source)
 
 
 def _matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

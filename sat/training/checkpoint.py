@@ -1,4 +1,4 @@
-"""Checkpoints in SAT's layout: finding them and reading weights, with nothing but tensors and plain values allowed.
+"""Checkpoints in SAT's layout: reading weights, with nothing but tensors and plain values allowed.
 
 RUN/latest                                   the iteration, e.g. 1000
 RUN/1000/mp_rank_00_model_states.pt          {'module': state dict, 'iteration': 1000}
@@ -14,7 +14,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,126 +24,12 @@ from torch import Tensor
 
 from sat.compat.sat_names import LEGACY_CLASSES
 from sat.errors import CheckpointError
-from sat.logs import SAME_ON_EVERY_RANK
 from sat.mpu.shards import ShardRule, shard_rules
 from sat.mpu.state import ParallelState
 from sat.vae.checkpoint import refuse_foreign
-from sat.weights.survey import read_json
-from sat.weights.whole import AVERAGES, LATEST, MANIFEST, iteration_names, problem_of, read_latest, step_of
+from sat.weights.finding import CheckpointPath, find_checkpoint, model_file
 
 log = logging.getLogger(__name__)
-
-
-def model_file(mp_rank: int) -> str:
-    """Name of the weights of one tensor-parallel rank."""
-    return f"mp_rank_{mp_rank:02d}_model_states.pt"
-
-
-# --- finding ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CheckpointPath:
-    """A checkpoint on disk: a folder of one iteration, or a single file of weights."""
-
-    path: Path
-    step: int
-    """0 for `release` and for single files."""
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is one file, with no training state beside it."""
-        return self.path.is_file()
-
-    @property
-    def is_average(self) -> bool:
-        """Whether it holds averaged weights."""
-        return self.path.name.endswith(AVERAGES) or self.path.parent.name.endswith(AVERAGES)
-
-    def weights(self, mp_rank: int = 0) -> Path:
-        """The file of weights."""
-        return self.path if self.is_file else self.path / model_file(mp_rank)
-
-
-def find_checkpoint(path: str | Path) -> CheckpointPath:
-    """The checkpoint that a file, an iteration folder or a run directory names.
-
-    A folder must be whole by names and sizes (see `sat.weights.whole`). Of a run directory it is the one that `latest`
-    names, or the newest whole one if that is not.
-    """
-    path = Path(path)
-    if path.is_file():
-        return CheckpointPath(path, 0)
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}; give a file, an iteration folder or a run directory")
-    if is_iteration_folder(path):
-        problem = problem_of(path)
-        if problem is not None:
-            raise CheckpointError(f"{path} is not whole: {problem}; give another iteration, or the run directory")
-        return CheckpointPath(path, step_of(path.name))
-    return choose_iteration(path, problem_of)
-
-
-def is_iteration_folder(path: Path) -> bool:
-    """Whether a path is the folder of one iteration, rather than a run directory."""
-    return (path / model_file(0)).is_file() or (path / MANIFEST).is_file()
-
-
-def choose_iteration(
-    run_dir: Path, check: Callable[[Path], str | None], names: Sequence[str] | None = None
-) -> CheckpointPath:
-    """The iteration that `latest` names, or the newest other one, with which `check` finds nothing wrong.
-
-    names: the iterations to try, in order, as `iterations_to_try` gives them. Raises CheckpointError if none is left.
-    """
-    problems: list[str] = []
-    for name in iterations_to_try(run_dir) if names is None else names:
-        problem = check(run_dir / name)
-        if problem is None:
-            if problems:
-                log.warning(
-                    "%s: %s; taking iteration %s", run_dir, "; ".join(problems), name, extra={SAME_ON_EVERY_RANK: True}
-                )
-            return CheckpointPath(run_dir / name, step_of(name))
-        problems.append(f"iteration {name} is not whole ({problem})")
-    if problems:
-        raise CheckpointError(f"{run_dir} holds no whole checkpoint: {'; '.join(problems)}")
-    inside = ", ".join(sorted(entry.name for entry in run_dir.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"{run_dir} is no checkpoint: it has neither {model_file(0)} nor '{LATEST}'; it holds {inside}"
-        f"{_conversion(run_dir)}"
-    )
-
-
-def _conversion(folder: Path) -> str:
-    """How to make a checkpoint of a folder of diffusers'; nothing for others."""
-    whole = next((one for one in (folder, folder.absolute().parent) if (one / "model_index.json").is_file()), folder)
-    if whole == folder and not (folder / "model_index.json").is_file() and not _is_diffusers(folder / "config.json"):
-        return ""
-    made = whole.with_name(f"{whole.name}-sat")
-    return (
-        f". It is a diffusers folder: convert it with `python tools/convert.py {whole} {made} --to sat` and give "
-        f"{made / 'transformer'}"
-    )
-
-
-def _is_diffusers(config: Path) -> bool:
-    """Whether a config.json is that of a transformer of diffusers'."""
-    return "Transformer" in str(read_json(config).get("_class_name", ""))
-
-
-def iterations_to_try(run_dir: Path) -> list[str]:
-    """Names of a run's iterations: that of `latest` first (it may be an earlier one on purpose), then the newest."""
-    names = iteration_names(run_dir)
-    latest, problem = read_latest(run_dir)
-    if latest is None:
-        if names:
-            log.warning("%s: %s; trying iteration %s", run_dir, problem, names[0], extra={SAME_ON_EVERY_RANK: True})
-        return names
-    return [latest, *(name for name in names if name != latest)]
-
-
-# --- reading weights -------------------------------------------------------------------------------------------------
 
 
 def load_weights(path: str | Path, mp_rank: int = 0) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sat.errors import CheckpointError, ConfigError
 from sat.mpu.shards import ShardRule
-from sat.training.checkpoint import CheckpointPath, load_parts, load_pickle, weight_files
+from sat.training.checkpoint import load_parts, load_pickle, weight_files
 from sat.training.files import Entry, LazyTensor, write_safetensors, write_torch
 from sat.training.optimizer_state import StoredState
+from sat.weights.finding import CheckpointPath
 from sat.weights.whole import AVERAGES, problem_of
 
 log = logging.getLogger(__name__)
@@ -27,19 +28,23 @@ def write_averages(iteration: Path, folder: Path, aliases: Mapping[str, str]) ->
     """Write into `folder` the weights of an iteration with the averages in the place of what is trained.
 
     The same names, precisions and number of files as the iteration's own. aliases: further names of trained parameters.
-    Returns the manifest's entries; none where the optimizer keeps no averages.
+    Holds the weights of one tensor-parallel rank in memory at a time. Returns the manifest's entries; none where the
+    optimizer keeps no averages.
     """
     stored = StoredState(iteration)
     if AVERAGED_KIND not in stored.tensor_kinds:
         return {}
-    entries = {}
-    for tp_rank, file in enumerate(weight_files(CheckpointPath(iteration, 0))):
-        content = load_pickle(file)
-        weights = {
-            name: _average(stored, aliases.get(name, name), tp_rank, value) for name, value in content["module"].items()
-        }
-        entries[file.name] = write_torch(folder / file.name, {**content, "module": weights, "weights": "ema"})
-    return entries
+    files = weight_files(CheckpointPath(iteration, 0))
+    return {file.name: _write_average(stored, tp_rank, file, folder, aliases) for tp_rank, file in enumerate(files)}
+
+
+def _write_average(stored: StoredState, tp_rank: int, file: Path, folder: Path, aliases: Mapping[str, str]) -> Entry:
+    """The file of one tensor-parallel rank; what it takes of memory goes with this call."""
+    content = load_pickle(file)
+    weights = {
+        name: _average(stored, aliases.get(name, name), tp_rank, value) for name, value in content["module"].items()
+    }
+    return write_torch(folder / file.name, {**content, "module": weights, "weights": "ema"})
 
 
 def _average(stored: StoredState, name: str, tp_rank: int, value: Tensor) -> Tensor:

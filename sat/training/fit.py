@@ -13,8 +13,9 @@ from sat.cogvideox.start import start_from_text_to_video
 from sat.config import ConfigNode, instantiate_from_config
 from sat.errors import CheckpointError
 from sat.mpu.state import get_parallel_state
-from sat.training.checkpoint import CheckpointPath, fit_weights, weight_files
+from sat.training.checkpoint import fit_weights, weight_files
 from sat.training.positions import TableChange, changed, table_changes
+from sat.weights.finding import CheckpointPath
 from sat.weights.headers import read_header
 
 log = logging.getLogger(__name__)

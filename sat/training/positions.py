@@ -11,10 +11,10 @@ from sat.cogvideox.context import Grid
 from sat.cogvideox.mixins import PositionTable
 from sat.config import ConfigNode, load_config
 from sat.errors import CheckpointError, ConfigError
-from sat.training.checkpoint import CheckpointPath
 from sat.training.preset import model_file
 from sat.training.run_dir import STAGES_CONFIG
 from sat.training.stages import plan_stages
+from sat.weights.finding import CheckpointPath
 from sat.weights.whole import AVERAGES, TRAINING_STATE
 
 

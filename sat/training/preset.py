@@ -8,6 +8,7 @@ from pathlib import Path
 from sat.cogvideox.presets import describe_weights, transformer_kind
 from sat.config import ConfigNode, Origin, load_config, load_yaml
 from sat.errors import ConfigError
+from sat.weights.finding import find_checkpoint
 from sat.weights.headers import read_header
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ def load_run_config(paths: Sequence[str | Path], overrides: Iterable[str] = ()) 
     load = config["args"].get("load")
     if load is None or "target" in config["model"] or "network_config" in config["model"]:
         return config
-    from sat.training.checkpoint import find_checkpoint  # it loads torch, which is not needed above
 
     weights = find_checkpoint(load).weights()
     file = model_file(weights)

@@ -13,17 +13,17 @@ import torch.distributed as dist
 from sat.errors import CheckpointError, ConfigError, SatError
 from sat.mpu.launch import Launch
 from sat.training.args import TrainArgs
-from sat.training.checkpoint import (
+from sat.training.ema import choose_weights
+from sat.training.files import remove_leftovers, write_text
+from sat.training.identity import differences, runs_called
+from sat.training.lock import RunLock
+from sat.weights.finding import (
     CheckpointPath,
     choose_iteration,
     find_checkpoint,
     is_iteration_folder,
     iterations_to_try,
 )
-from sat.training.ema import choose_weights
-from sat.training.files import remove_leftovers, write_text
-from sat.training.identity import differences, runs_called
-from sat.training.lock import RunLock
 from sat.weights.run_file import RUN_FILE, RunRecord, read_run
 from sat.weights.whole import AVERAGES, LATEST, TRAINING_STATE, damage_of, is_iteration, problem_of, read_manifest
 

@@ -4,7 +4,7 @@ import fcntl
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,12 @@ class Retention:
         good = max((step for step in states if step <= step_of(latest) and is_good(states[step])), default=None)
         deleted = []
         for step in self.doomed(losses, step_of(latest), good):
-            if is_being_read(run_dir / str(step)) or is_being_read(run_dir / f"{step}{AVERAGES}"):
-                log.info("%s is being read: it is kept for now", run_dir / str(step))
-                continue
-            remove_folder(run_dir / str(step))
+            folder = run_dir / str(step)
+            with unread(folder) as is_free, unread(run_dir / f"{step}{AVERAGES}") as averages_are_free:
+                if not is_free or not averages_are_free:
+                    log.info("%s is being read: it is kept for now", folder)
+                    continue
+                remove_folder(folder)
             deleted.append(step)
         for folder in run_dir.glob(f"*{AVERAGES}"):  # those of what was just deleted, now or when a job was killed
             if step_of(folder.name) < step_of(latest) and not (run_dir / folder.name.removesuffix(AVERAGES)).exists():
@@ -94,32 +96,16 @@ def _validation_loss(state: Mapping[str, Any], step: int) -> float | None:
         return None
 
 
-# --- readers ---------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Keep a checkpoint from being deleted for the time of a `with` block, by any host where the file system locks."""
-    try:
-        stream = (folder / MANIFEST).open("rb")
-    except OSError:  # none of our runs deletes a folder without a manifest
-        yield
-        return
-    with stream:
+def unread(folder: Path) -> Iterator[bool]:
+    """Whether no process is inside `reading(folder)`; if so none comes in for the time of a `with` block."""
+    with ExitStack() as opened:
         try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            log.debug("%s: no lock (%s)", folder, error)
-        yield
-
-
-def is_being_read(folder: Path) -> bool:
-    """Whether some process is inside `reading(folder)`."""
-    try:
-        with (folder / MANIFEST).open("rb+") as stream:
+            stream = opened.enter_context((folder / MANIFEST).open("rb+"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no such folder, or no locks here
-        return False
-    return False
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no such folder, or no locks here
+            pass
+        yield True

@@ -26,7 +26,7 @@ from sat.ops.attention_kernels import attention_kernel
 from sat.training.adapters import lora_alpha
 from sat.training.args import deepspeed_config, train_args
 from sat.training.caches import Caches, check_cache
-from sat.training.checkpoint import CheckpointPath, find_checkpoint, fit_weights, load_parts
+from sat.training.checkpoint import fit_weights, load_parts
 from sat.training.data import TrainingData, ValidationData, check_plan, check_sources
 from sat.training.fit import changes_from, check_model
 from sat.training.health import Health, HealthOptions
@@ -42,13 +42,14 @@ from sat.training.positions import TableChange, changed, trained_network
 from sat.training.preview import check_numbers, clip_sizes
 from sat.training.resume import Start, find_start, lock_run, open_weights, read_training_state, set_back
 from sat.training.resume_check import Circumstances, LossRecord, check_losses, gather_losses
-from sat.training.retention import Retention, is_good, read_state, reading
+from sat.training.retention import Retention, is_good, read_state
 from sat.training.run_dir import check_writable, configuration_file, make_run_dir, on_main, write_description
 from sat.training.samples import ValidationSamples
 from sat.training.saving import HostMemory, SaveOptions, Saver, Snapshot
 from sat.training.stages import Stage, plan_stages, stage_lines, stages_left
 from sat.training.step import Stepper, check_with_deepspeed
 from sat.training.systems import DiffusionSystem, attention_work, build_system, check_files
+from sat.weights.finding import CheckpointPath, find_checkpoint, reading
 from sat.weights.whole import iteration_names, problem_of, read_latest, step_of
 
 log = logging.getLogger(__name__)

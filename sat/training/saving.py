@@ -8,6 +8,9 @@ been written at their step boundaries, where they meet anyway.
     step boundary    all are written: rank 0 is told           poll()
     thread           rank 0 adds averages, state and manifest, renames, moves `latest`, deletes what is not kept
     step boundary    all ranks learn that it is done           poll()
+
+Host memory: each rank's copy of what it writes (`HostMemory`), and on rank 0, while averages are written, the weights
+of one tensor-parallel rank in their own precision besides, with one parameter in float32.
 """
 
 import logging
@@ -29,7 +32,6 @@ from sat.mpu.launch import Launch
 from sat.mpu.shards import ShardRule
 from sat.mpu.state import ParallelState
 from sat.training.adapters import write_adapters
-from sat.training.checkpoint import model_file
 from sat.training.ema import write_averages, write_consolidated
 from sat.training.files import (
     SAVING,
@@ -44,6 +46,7 @@ from sat.training.files import (
 from sat.training.lock import LockLost
 from sat.training.optimizer_state import Fragment, optimizer_file, save_fragments
 from sat.training.retention import Retention
+from sat.weights.finding import model_file
 from sat.weights.whole import AVERAGES, LATEST, MANIFEST, TRAINING_STATE
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from sat.compat.file_types import FOREIGN_STARTS, describe_vae
 from sat.errors import CheckpointError
 from sat.vae.causal_conv import inflate_kernels
+from sat.weights.finding import find_checkpoint, is_iteration_folder, model_file, open_checkpoint
+from sat.weights.whole import iteration_names, read_latest
 
-RUN_FILE = "mp_rank_00_model_states.pt"
 ENGINE_PREFIX = "first_stage_model."
 MAX_NAMES = 8
 """Names listed in a message before `and N more`."""
@@ -24,10 +26,23 @@ def load_vae_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name (`encoder...`, `decoder...`, perhaps `loss...`) from a file or folder of weights.
 
     path: a released `3d-vae.pt` ({'state_dict': ...}), a file of a run ({'module': ...}), the folder of one of its
-    iterations, or the run directory with `latest`. Only tensors and plain values are unpickled. Raises
-    CheckpointError that says what the file looks like.
+    iterations, or the run directory: of this the iteration that `latest` names, or the newest whole one. Where there
+    is a manifest the content is compared with it. Only tensors and plain values are unpickled. Raises CheckpointError
+    that says what the file looks like.
     """
-    file = find_vae_file(Path(path))
+    with open_vae_state(path) as state:
+        return state
+
+
+@contextmanager
+def open_vae_state(path: str | Path) -> Iterator[dict[str, Tensor]]:
+    """`load_vae_state`, with the folder held against deletion for the time of a `with` block: tensors may be mapped."""
+    _check_there(Path(path))
+    with open_checkpoint(path) as checkpoint:
+        yield _state(checkpoint.weights())
+
+
+def _state(file: Path) -> dict[str, Tensor]:
     content = _read(file)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a dict with 'state_dict'")
@@ -47,8 +62,12 @@ def load_vae(vae: nn.Module, path: str | Path, ignore_keys: Iterable[str] = ()) 
     ignore_keys: prefixes of names to pass over, in the file (as `loss` in the released one) and in the model. Weights
     of a network of images (time_kernel 1) are inflated, see `CausalConv3d`.
     """
-    ignored = tuple(ignore_keys)
-    state = {name: tensor for name, tensor in load_vae_state(path).items() if not name.startswith(ignored)}
+    with open_vae_state(path) as found:
+        _fill(vae, found, path, tuple(ignore_keys))
+
+
+def _fill(vae: nn.Module, found: Mapping[str, Tensor], path: str | Path, ignored: tuple[str, ...]) -> None:
+    state = {name: tensor for name, tensor in found.items() if not name.startswith(ignored)}
     inflate_kernels(vae, state)
     own = vae.state_dict()
     complaints = []
@@ -94,21 +113,22 @@ def describe_state(state: Mapping[str, Tensor]) -> str:
 
 
 def find_vae_file(path: Path) -> Path:
+    """The file of weights that a path names, as far as names and sizes tell. Raises CheckpointError."""
+    _check_there(path)
+    return find_checkpoint(path).weights()
+
+
+def _check_there(path: Path) -> None:
+    """Raise CheckpointError for a path that is neither a file nor a folder of weights."""
     if path.is_file():
-        return path
+        return
     if not path.is_dir():
         raise CheckpointError(
             f"there is no file or folder {path}; check ckpt_path (relative paths start at {Path.cwd()})"
         )
-    folder = path
-    latest = path / "latest"
-    if latest.is_file():
-        folder = path / latest.read_text(encoding="utf-8").strip()
-    file = folder / RUN_FILE
-    if not file.is_file():
+    if not is_iteration_folder(path) and not iteration_names(path) and read_latest(path)[0] is None:
         held = _listed(sorted(entry.name for entry in path.iterdir()))
-        raise CheckpointError(f"the folder {path} has no weights at {file}; it holds {held}")
-    return file
+        raise CheckpointError(f"the folder {path} has no weights at {path / model_file(0)}; it holds {held}")
 
 
 def refuse_foreign(file: Path) -> bytes:

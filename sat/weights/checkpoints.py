@@ -12,10 +12,12 @@ from sat.weights.whole import (
     MANIFEST,
     TRAINING_STATE,
     WEIGHTS,
+    Progress,
     damage_of,
     is_iteration,
     problem_of,
     read_latest,
+    read_manifest,
     step_of,
 )
 
@@ -29,35 +31,53 @@ HELD = {
 """What a checkpoint may hold -> the files that it is in."""
 
 
-def checkpoints(path: Path, reads_files: bool = False) -> list[Finding]:
+def checkpoints(path: Path, progress: Progress | None = None) -> list[Finding]:
     """The checkpoints of a run directory, or the one that a folder is, the oldest first; none where none is ours.
 
-    Before them comes run.json, where something is wrong with it.
-
-    Names and sizes tell what is wrong; with reads_files, checksums too: all files are then read, a second a gigabyte.
+    Before them comes run.json, where something is wrong with it. All files are read and their checksums compared, a
+    second or two a gigabyte, and progress is told of their bytes; with None for it, names and sizes alone tell what is
+    wrong.
     """
     if (path / MANIFEST).exists():
-        return [_checkpoint(path, reads_files)]
-    folders = {file.parent for pattern in (WEIGHTS, MANIFEST, TRAINING_STATE) for file in path.glob(f"*/{pattern}")}
-    ours = [folder for folder in folders if is_iteration(folder.name.removesuffix(AVERAGES))]
-    if not any((folder / MANIFEST).exists() for folder in ours):
-        return []
+        return [_checkpoint(path, progress)]
+    ours = _folders(path)
     latest, _ = read_latest(path)
+    if not ours:
+        return []
     problem = run_file_problem(path)
     found = [Finding(path / RUN_FILE, f"not whole: {problem}", problem=problem)] if problem else []
-    for folder in sorted(ours, key=lambda folder: (step_of(folder.name), folder.name)):
-        found.append(_checkpoint(folder, reads_files))
+    for folder in ours:
+        found.append(_checkpoint(folder, progress))
         if folder.name == latest:
             found[-1].facts.append(LATEST)
     return found
 
 
-def _checkpoint(folder: Path, reads_files: bool) -> Finding:
+def bytes_to_read(path: Path) -> int:
+    """The bytes of all files of a run's checkpoints, or of one checkpoint, that have a checksum."""
+    folders = [path] if (path / MANIFEST).exists() else _folders(path)
+    whole = [folder for folder in folders if problem_of(folder) is None]
+    return sum(entry["bytes"] for folder in whole for entry in (read_manifest(folder) or {}).values())
+
+
+def _folders(run_dir: Path) -> list[Path]:
+    """The folders of a run's iterations and averages, the oldest first; none where none is ours."""
+    patterns = (WEIGHTS, MANIFEST, TRAINING_STATE)
+    folders = {file.parent for pattern in patterns for file in run_dir.glob(f"*/{pattern}")}
+    ours = [folder for folder in folders if is_iteration(folder.name.removesuffix(AVERAGES))]
+    if not any((folder / MANIFEST).exists() for folder in ours):
+        return []
+    return sorted(ours, key=lambda folder: (step_of(folder.name), folder.name))
+
+
+def _checkpoint(folder: Path, progress: Progress | None) -> Finding:
     problem = problem_of(folder)
-    if problem is None and reads_files:
-        problem = damage_of(folder)
+    if problem is None and progress is not None:
+        problem = damage_of(folder, progress=progress)
     held = [what for what, pattern in HELD.items() if any(folder.glob(pattern))]
-    state = f"not whole: {problem}" if problem else "whole, its checksums are right" if reads_files else "whole"
+    state = (
+        f"not whole: {problem}" if problem else "whole, its checksums are right" if progress is not None else "whole"
+    )
     facts = [("averaged " if folder.name.endswith(AVERAGES) else "") + (", ".join(held) or "nothing")]
     return Finding(folder, state, facts=[*facts, *_written_by(read_json(folder / TRAINING_STATE))], problem=problem)
 

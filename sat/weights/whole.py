@@ -7,7 +7,7 @@ has none; its files must then be whole by their own lists of contents. Needs no 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ TRAINING_STATE = "training_state.json"
 WEIGHTS_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 AVERAGES = "-ema"
 """End of the name of a folder with averaged weights: 1000-ema belongs to 1000."""
+
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that were just read."""
 
 
 def iteration_names(run_dir: Path) -> list[str]:
@@ -59,12 +63,13 @@ def read_latest(run_dir: Path) -> tuple[str | None, str]:
 # --- manifests -------------------------------------------------------------------------------------------------------
 
 
-def checksum(file: Path) -> str:
+def checksum(file: Path, progress: Progress = lambda num_bytes: None) -> str:
     """BLAKE2b of a file's content."""
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
+            progress(len(block))
     return digest.hexdigest()
 
 
@@ -131,15 +136,17 @@ def _structure_problem(folder: Path) -> str | None:
     return None
 
 
-def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
+def damage_of(
+    folder: Path, names: Iterable[str] | None = None, progress: Progress = lambda num_bytes: None
+) -> str | None:
     """The first of a folder's files, or of those named, whose content is not what the manifest says. Reads them whole.
 
-    A folder without a manifest has nothing to compare with: None.
+    progress: told of the bytes as they are read. A folder without a manifest has nothing to compare with: None.
     """
     files = read_manifest(folder) or {}
     for name in sorted(files if names is None else set(names) & set(files)):
         try:
-            found = checksum(folder / name)
+            found = checksum(folder / name, progress)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found != files[name]["blake2b"]:

@@ -8,7 +8,8 @@ import torch
 
 from sat.cogvideox.engine import build_engine
 from sat.mpu.shards import join_states, shard_rules
-from sat.training.checkpoint import find_checkpoint, load_parts
+from sat.training.checkpoint import load_parts
+from sat.weights.finding import find_checkpoint
 from tests.cogvideox.tiny import HEADS
 from tests.parallel.layouts import LAYOUTS, WIDE, Layout, rest_is_slow
 from tests.ranks import run_ranks

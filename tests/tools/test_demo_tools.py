@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from sat.data.dataset import SFTDataset
 from sat.data.video import write_mp4
 from sat.errors import DataError
-from tools import demo_report, grade_demo, make_demo_data
+from tools import demo, demo_report, grade_demo, make_demo_data
 from tools.demo_shapes import is_held_out, parse_caption, training_scenes
 
 
@@ -120,3 +121,52 @@ def test_tools_run_as_files_from_anywhere(tool, tmp_path):
     path = make_demo_data.__file__.replace("make_demo_data", tool)
     done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and f"tools/{tool}.py" in done.stdout
+
+
+# --- what is passed over ---------------------------------------------------------------------------------------------
+
+
+def make_demo(folder, monkeypatch):
+    """A demo whose data and weights are there, and the commands that it runs: they write what the real ones would."""
+    for name in ("manifest", "heldout"):
+        (folder / "shapes").mkdir(parents=True, exist_ok=True)
+        (folder / "shapes" / f"{name}.jsonl").write_text('{"caption": "a ball"}\n')
+    (folder / "vae").mkdir()
+    (folder / "vae" / "3d-vae.pt").write_bytes(b"first")
+    (folder / "run" / "10").mkdir(parents=True)
+    (folder / "run" / "latest").write_text("10")
+    (folder / "run" / "10" / "manifest.json").write_text("first")
+    commands = []
+
+    def python(script, *words):
+        commands.append(script)
+        named = [str(word).removeprefix("args.output_dir=") for word in words if "output_dir=" in str(word)]
+        target = Path(named[0] if named else words[words.index("--out") + 1])
+        target.mkdir(parents=True, exist_ok=True)
+        for number in range(demo.SAMPLES_PER_CAPTION if named else demo.VALIDATION_CLIPS):
+            (target / f"{len(commands)}-{number}.mp4").touch()  # another seed: other names
+
+    monkeypatch.setattr(demo, "python", python)
+    return demo.Demo(folder, {}, 1, 1), commands
+
+
+def test_videos_are_made_anew_where_weights_are_others(tmp_path, monkeypatch):
+    made, commands = make_demo(tmp_path, monkeypatch)
+    sample, all_three = "sample_video.py", ["sample_video.py"] * 3
+    made.sample(tmp_path / "run")
+    assert commands == [*all_three, "tools/reconstruct.py"]
+    commands.clear()
+    made.sample(tmp_path / "run")
+    assert commands == []
+    (tmp_path / "run" / "10" / "manifest.json").write_text("trained again, to the same step")
+    made.sample(tmp_path / "run")
+    assert commands == all_three
+    assert len(list((tmp_path / "samples" / "seen").glob("*.mp4"))) == demo.SAMPLES_PER_CAPTION  # the old ones are gone
+    commands.clear()
+    (tmp_path / "vae" / "3d-vae.pt").write_bytes(b"second")
+    made.sample(tmp_path / "run")
+    assert commands == [*all_three, "tools/reconstruct.py"]
+    commands.clear()
+    next((tmp_path / "samples" / "notext").glob("*.mp4")).unlink()
+    made.sample(tmp_path / "run")
+    assert commands == [sample]

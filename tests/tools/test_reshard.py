@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sat.cogvideox.engine import NETWORK_PREFIX
 from sat.mpu.shards import cut_state, shard_rules
-from sat.training.checkpoint import find_checkpoint, load_parts, load_weights
+from sat.training.checkpoint import load_parts, load_weights
+from sat.weights.finding import find_checkpoint
 from tests.cogvideox.tiny import HEADS, build, network_config
 from tests.ranks import run_ranks
 from tests.tiny import ROOT, only_run, train_on_rank

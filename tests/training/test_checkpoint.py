@@ -20,8 +20,9 @@ from sat.cogvideox.presets import describe_weights
 from sat.config import instantiate_from_config, load_config
 from sat.errors import CheckpointError
 from sat.training.args import train_args
-from sat.training.checkpoint import find_checkpoint, fit_weights, load_pickle, load_weights, model_file
+from sat.training.checkpoint import fit_weights, load_pickle, load_weights
 from sat.training.systems import build_system
+from sat.weights.finding import find_checkpoint, model_file
 from tests.cogvideox.test_released import released_shapes
 from tests.golden_files import golden_root
 from tests.ranks import run_ranks

@@ -11,9 +11,9 @@ import torch
 
 from sat.config import ConfigNode, instantiate_from_config, load_config
 from sat.errors import CheckpointError
-from sat.training.checkpoint import find_checkpoint
 from sat.training.fit import check_model
 from sat.training.systems import DiffusionSystem
+from sat.weights.finding import find_checkpoint
 from tests.tiny import ROOT, tiny_config
 from tests.weights.released import PRESET_OF, write_all_released
 

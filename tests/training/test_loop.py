@@ -14,9 +14,10 @@ from sat.data.video import write_mp4
 from sat.mpu.launch import read_launch
 from sat.mpu.recorder import Recorder
 from sat.training import loop
-from sat.training.checkpoint import find_checkpoint, load_weights
+from sat.training.checkpoint import load_weights
 from sat.training.loop import train_joined
 from sat.training.run import Job, Run
+from sat.weights.finding import find_checkpoint
 from tests.data.numbered import numbered_frames
 from tests.ranks import run_ranks
 from tests.tiny import only_run, records, tiny_config, train_on_rank

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from sat.data.synthetic import SyntheticLatents
-from sat.training.checkpoint import load_weights, model_file
+from sat.training.checkpoint import load_weights
+from sat.weights.finding import model_file
 from sat.weights.whole import checksum, damage_of, problem_of
 from tests.ranks import run_ranks
 from tests.tiny import only_run, records, train_on_rank

@@ -10,8 +10,8 @@ import torch
 
 from sat.errors import CheckpointError
 from sat.mpu.state import ParallelState
-from sat.training.checkpoint import model_file
 from sat.training.resume_check import Circumstances, LossRecord, check_losses, gather_losses
+from sat.weights.finding import model_file
 from tests.ranks import run_ranks
 from tests.tiny import only_run, records, train_on_rank
 

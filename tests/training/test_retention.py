@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sat.config import load_config
-from sat.errors import ConfigError
+from sat.errors import CheckpointError, ConfigError
 from sat.training.args import train_args
-from sat.training.retention import Retention, is_being_read, reading
+from sat.training.retention import Retention, unread
+from sat.weights.finding import reading
 
 STEPS = st.dictionaries(st.integers(1, 60), st.none() | st.floats(0, 1, allow_nan=False), min_size=1)
 
@@ -129,7 +130,9 @@ def test_what_is_being_read_stays(tmp_path: Path, name: str) -> None:
     reads, done = context.Event(), context.Event()
     reader = context.Process(target=read_until, args=(run / name, reads, done))
     reader.start()
-    assert reads.wait(30) and is_being_read(run / name)
+    assert reads.wait(30)
+    with unread(run / name) as is_free:
+        assert not is_free
     assert Retention(1).tidy(run) == [] and names(run) == with_averages(1, 2)
     os.kill(reader.pid or 0, 9)  # a reader that dies reads no more
     reader.join()
@@ -137,9 +140,19 @@ def test_what_is_being_read_stays(tmp_path: Path, name: str) -> None:
 
 
 def test_folders_that_nobody_deletes_need_no_lock(tmp_path: Path) -> None:
-    with reading(tmp_path):
-        assert not is_being_read(tmp_path)
-    assert not is_being_read(tmp_path / "nowhere")
+    with reading(tmp_path), unread(tmp_path) as is_free:
+        assert is_free
+    with unread(tmp_path / "nowhere") as is_free:
+        assert is_free
+
+
+def test_what_is_being_deleted_is_not_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {1: None, 2: None}, "2")
+    refusal = pytest.raises(CheckpointError, match="2 is being deleted; give another iteration")
+    with unread(run / "2"), refusal, reading(run / "2"):
+        pass
+    with reading(run / "2"):
+        pass
 
 
 @pytest.mark.parametrize("word", ["args.keep_every=10", "args.keep_best=1"])

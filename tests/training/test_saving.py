@@ -17,11 +17,14 @@ from sat.mpu.launch import read_launch
 from sat.mpu.shards import make_rule
 from sat.mpu.state import ParallelState
 from sat.training import saving
-from sat.training.checkpoint import find_checkpoint, load_weights
+from sat.training.checkpoint import load_weights
+from sat.training.ema import write_averages
 from sat.training.lock import LockLost
-from sat.training.optimizer_state import Fragment
+from sat.training.optimizer_state import Fragment, save_fragments
+from sat.training.planning.dry import Watch
 from sat.training.retention import Retention
 from sat.training.saving import HostMemory, SaveOptions, Saver, Snapshot
+from sat.weights.finding import find_checkpoint
 from sat.weights.whole import damage_of, problem_of
 from tests.ranks import run_ranks
 
@@ -87,6 +90,30 @@ def test_files_of_all_ranks_averages_and_a_joined_file(tmp_path: Path) -> None:
         assert torch.equal(averaged[name] - joined[name], torch.full_like(joined[name], difference))
     content = torch.load(tmp_path / "2-ema" / "mp_rank_01_model_states.pt", weights_only=True)
     assert (content["weights"], content["iteration"]) == ("ema", 2)
+
+
+def save_averages(rank: int, run: str) -> tuple[int, int]:
+    """Bytes that the averages of two tensor-parallel ranks take at most, and those of one rank's weights."""
+    folder, shape, count = Path(run), (64, 256), 8
+    for tp_rank in range(2):
+        weights = {f"w{number}": torch.randn(shape, dtype=torch.bfloat16) for number in range(count)}
+        torch.save({"module": weights, "iteration": 1}, folder / f"mp_rank_{tp_rank:02d}_model_states.pt")
+        fragments = [
+            Fragment(name, 0, value.shape, {"shadow": value.float().flatten()}, {}) for name, value in weights.items()
+        ]
+        save_fragments(folder / f"optimizer_rank_{tp_rank:05d}.safetensors", fragments, tp_rank, 2)
+    (folder / "averages").mkdir()
+    sizes = [weights[name].nbytes for name in weights]
+    del fragments, weights
+    with Watch("cpu") as watch:
+        assert len(write_averages(folder, folder / "averages", {})) == 2
+    return watch.peak, sum(sizes)
+
+
+def test_averages_take_the_memory_of_one_rank_s_weights(tmp_path: Path) -> None:
+    """Beside one of 8 parameters in float32, twice its bytes."""
+    ((peak, weights),) = run_ranks(save_averages, 1, str(tmp_path))
+    assert peak <= weights + 2 * weights / 8
 
 
 # --- in the background -----------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from sat.data.synthetic import SyntheticLatents
-from sat.training.checkpoint import find_checkpoint, load_weights
+from sat.training.checkpoint import load_weights
 from sat.training.signals import LAUNCHERS, STOPPED, StopRequest
+from sat.weights.finding import find_checkpoint
 from tests.launch import ROOT, STOPPING, Launched, start
 from tests.ranks import run_ranks
 from tests.tiny import SMALLER, only_run, records

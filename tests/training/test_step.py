@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sat.training.args import deepspeed_config, train_args
 from sat.training.checkpoint import load_weights
 from sat.training.data import TrainingData
 from sat.training.optim import build_optimizer, parameter_groups
+from sat.training.step import Stepper
 from sat.training.systems import TrainingSystem, build_system
 from tests.ranks import run_ranks
 from tests.tiny import only_run, records, tiny_config, train_on_rank
@@ -247,3 +249,44 @@ def test_accumulation_follows_from_the_global_batch(
             deepspeed_config(config, train_args(config), dp_size, "cpu")
     else:
         assert deepspeed_config(config, train_args(config), dp_size, "cpu").grad_accum_steps == expected
+
+
+# --- the loss scale of fp16 ------------------------------------------------------------------------------------------
+
+
+def evolve_scalers(rank: int) -> tuple[list[Any], list[Any], dict[str, float]]:
+    """How the rest of a row of overflows moves DeepSpeed's scaler, and one that was set back from what was saved."""
+    import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)  # the scaler asks for its rank
+
+    def stepper() -> Stepper:
+        made = Stepper.__new__(Stepper)  # fp16 needs a GPU; of the engine nothing but its scaler is asked for
+        made.config = SimpleNamespace(precision="fp16")  # type: ignore[assignment]
+        scaler = DynamicLossScaler(2.0**16, 5, 1.0, delayed_shift=2, consecutive_hysteresis=False)
+        made.engine = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+        return made
+
+    def follow(one: Stepper, overflows: list[bool]) -> list[Any]:
+        scaler, seen = one.engine.optimizer.loss_scaler, []
+        for overflow in overflows:
+            scaler.update_scale(overflow)
+            seen.append((scaler.cur_scale, scaler.cur_hysteresis, scaler.cur_iter, scaler.last_overflow_iter))
+        return seen
+
+    generator = torch.Generator().manual_seed(1)
+    overflows = (torch.rand(60, generator=generator) < 0.2).tolist()
+    whole, broken = stepper(), stepper()
+    follow(whole, overflows[:13])
+    saved = json.loads(json.dumps(whole.scaler_state()))
+    broken.load_scaler_state(saved)
+    return follow(whole, overflows[13:]), follow(broken, overflows[13:]), saved
+
+
+def test_the_loss_scale_goes_on_where_it_was() -> None:
+    ((whole, broken, saved),) = run_ranks(evolve_scalers, 1)
+    assert broken == whole and len({scale for scale, *_ in whole}) > 3
+    assert saved.keys() == {"cur_scale", "cur_iter", "cur_hysteresis", "last_overflow_iter"}
+    fresh = {"cur_scale": 2.0**16, "cur_iter": 0, "cur_hysteresis": 2, "last_overflow_iter": -1}
+    assert all(saved[key] != value for key, value in fresh.items())  # each of them was put to use

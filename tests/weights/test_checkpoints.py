@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sat.weights.checkpoints import checkpoints
+from sat.weights.checkpoints import bytes_to_read, checkpoints
 from sat.weights.survey import survey
-from sat.weights.whole import checksum
+from sat.weights.whole import MANIFEST, checksum
 from tests.weights.test_survey import run_tool, write_transformer
 
 
@@ -55,15 +55,23 @@ def test_what_is_not_whole_is_told_and_why(run: Path) -> None:
     ]
 
 
+def test_progress_is_told_of_all_that_is_read(run: Path) -> None:
+    told: list[int] = []
+    assert not any(one.problem for one in checkpoints(run, told.append))
+    files = [file for file in run.glob("*/*") if file.name != MANIFEST]
+    assert sum(told) == bytes_to_read(run) == sum(file.stat().st_size for file in files)
+    assert bytes_to_read(run / "9") == sum(file.stat().st_size for file in files if file.parent.name == "9")
+
+
 def test_checksums_find_what_sizes_do_not(run: Path) -> None:
     (run / "9" / "optimizer_rank_00000.safetensors").write_bytes(b"0124")
     assert not any(one.problem for one in checkpoints(run))
-    first, *others = checkpoints(run, reads_files=True)
+    first, *others = checkpoints(run, lambda num_bytes: None)
     assert first.problem is not None and first.problem.startswith("optimizer_rank_00000.safetensors is damaged")
     assert {one.what for one in others} == {"whole, its checksums are right"}
-    done = run_tool(str(run))
+    done = run_tool("--quick", str(run))
     assert done.returncode == 0 and "  9: whole\n" in done.stdout and "were not read" in done.stdout
-    done = run_tool("--checksums", str(run))
+    done = run_tool(str(run))
     assert done.returncode == 1 and "  9: not whole: optimizer_rank_00000.safetensors is damaged" in done.stdout
 
 
