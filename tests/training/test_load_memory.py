@@ -1,8 +1,7 @@
 """Loading one file of weights takes the memory of the rank's own share and little more, at any layout.
 
 Counted is anonymous memory: pages of the mapped file are the kernel's to drop. Little more is one parameter and its
-cut, so the networks have many small layers, as a large one's are beside the whole (the largest parameter of 5B is
-0.7 % of it, of these 2 and 0.8 %).
+cut, so the networks have many layers or small ones: the largest parameter of 5B is 0.7 % of it, of these 2 and 4 %.
 """
 
 import threading
@@ -105,4 +104,4 @@ def test_a_file_of_200_mb(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_file_of_the_machine_s_scale(tmp_path: Path) -> None:
-    check(tmp_path, 1024, 40)
+    check(tmp_path, 2048, 9)
