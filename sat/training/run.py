@@ -50,7 +50,7 @@ from sat.training.stages import Stage, plan_stages, stage_lines, stages_left
 from sat.training.step import Stepper, check_with_deepspeed
 from sat.training.systems import DiffusionSystem, attention_work, build_system, check_files
 from sat.weights.finding import CheckpointPath, find_checkpoint, reading
-from sat.weights.whole import iteration_names, problem_of, read_latest, step_of
+from sat.weights.whole import iteration_names, problem_of, read_latest
 
 log = logging.getLogger(__name__)
 
@@ -501,10 +501,10 @@ class Run:
                 f"on from it with args.resume={self.run_dir}/{good}"
             )
         latest, _ = read_latest(self.run_dir)
-        if latest in whole and step_of(latest) >= first:
+        if not before and latest in whole:
             return (
-                f"No good checkpoint was saved before; {self.run_dir}/{latest} holds the weights from before step "
-                f"{first}, as skipped steps change none: lower the learning rate or mend the data, and start a new run "
-                f"from them with args.mode=finetune args.load={self.run_dir}/{latest}"
+                f"No checkpoint was saved before; {self.run_dir}/{latest} holds the weights from before step {first}, "
+                "as skipped steps change none: if it is the data that is bad, mend it and start a new run from them "
+                f"with args.mode=finetune args.load={self.run_dir}/{latest}; else lower the learning rate"
             )
-        return "No good checkpoint was saved before: lower the learning rate, or look at the data"
+        return "No checkpoint was saved before that is good: lower the learning rate, or look at the data"

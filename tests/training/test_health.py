@@ -160,7 +160,7 @@ def test_weights_that_were_saved_only_in_the_row_are_named_for_what_they_are(tmp
     with pytest.raises(AssertionError) as caught:
         run_ranks(train_on_rank, 1, words)
     run = only_run(tmp_path)
-    message = f"No good checkpoint was saved before; {run}/2 holds the weights from before step 2, as skipped steps"
+    message = f"No checkpoint was saved before; {run}/2 holds the weights from before step 2, as skipped steps"
     assert message in str(caught.value) and f"args.mode=finetune args.load={run}/2" in str(caught.value)
 
 
