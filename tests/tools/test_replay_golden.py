@@ -49,7 +49,12 @@ def recorded_tensors() -> Iterator[Any]:
                         if case.name.endswith("v1_0") and "freqs" not in name:
                             continue  # the weights of the older layout; its tables are compared
                         label = f"{part}/{case.name}:{kind}"
-                        yield pytest.param(part, case.name, path.relative_to(CARRIED), name, id=label)
+                        # Each takes 15 s; one of them stands for all in the default suite.
+                        is_long = case.name.startswith("context_parallel_small") and not kind.endswith(
+                            "local_norm/decoded"
+                        )
+                        marks = [pytest.mark.slow] if is_long else []
+                        yield pytest.param(part, case.name, path.relative_to(CARRIED), name, id=label, marks=marks)
 
 
 @pytest.fixture(scope="module")
