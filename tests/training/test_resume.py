@@ -168,8 +168,8 @@ def say_start(rank: int, words: tuple[str, ...]) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    for name in ("resume", "checkpoint", "lock"):
-        logger = logging.getLogger(f"sat.training.{name}")
+    for name in ("training.resume", "training.lock", "weights.finding"):
+        logger = logging.getLogger(f"sat.{name}")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     train_on_rank(rank, words)
