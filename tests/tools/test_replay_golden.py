@@ -39,6 +39,7 @@ def kinds_of_tensors(path: Path) -> dict[str, str]:
 
 def recorded_tensors() -> Iterator[Any]:
     """(case, file, tensor) for one tensor of each kind in each carried recording. Weights are only an input."""
+    seen = set()
     for part in SETS:
         for case in discover(Folder(CARRIED / part)):
             for path in case.files if case.replay else ():
@@ -49,11 +50,9 @@ def recorded_tensors() -> Iterator[Any]:
                         if case.name.endswith("v1_0") and "freqs" not in name:
                             continue  # the weights of the older layout; its tables are compared
                         label = f"{part}/{case.name}:{kind}"
-                        # Each takes 15 s; one of them stands for all in the default suite.
-                        is_long = case.name.startswith("context_parallel_small") and not kind.endswith(
-                            "local_norm/decoded"
-                        )
-                        marks = [pytest.mark.slow] if is_long else []
+                        # In the default suite one kind of tensor stands for all of a case's file.
+                        marks = [pytest.mark.slow] if (case.name, path) in seen else []
+                        seen.add((case.name, path))
                         yield pytest.param(part, case.name, path.relative_to(CARRIED), name, id=label, marks=marks)
 
 

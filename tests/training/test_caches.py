@@ -77,15 +77,15 @@ VALID = ("args.eval_interval=3", "args.eval_timesteps=[500]")
     ("kind", "more", "world"),
     [
         ("all", (*VALID,), 1),
-        ("text", (ONE, EMPTY_PROMPT), 1),
-        ("latents", (), 2),
+        pytest.param(*("text", (ONE, EMPTY_PROMPT), 1), marks=pytest.mark.slow),
+        pytest.param(*("latents", (), 2), marks=pytest.mark.slow),
         ("all", (ONE, EMPTY_PROMPT), 2),
-        ("all", (ONE, *IMAGE_TO_VIDEO), 1),
+        pytest.param(*("all", (ONE, *IMAGE_TO_VIDEO), 1), marks=pytest.mark.slow),
         ("all", (ONE, *PACK), 1),
-        ("all", (ONE, *CUT), 1),
-        ("all", (ONE, *BUCKET), 1),
-        ("all", (ONE, "args.context_parallel_size=2"), 2),
-        ("all", (ONE, MIXTURE), 1),
+        pytest.param(*("all", (ONE, *CUT), 1), marks=pytest.mark.slow),
+        pytest.param(*("all", (ONE, *BUCKET), 1), marks=pytest.mark.slow),
+        pytest.param(*("all", (ONE, "args.context_parallel_size=2"), 2), marks=pytest.mark.slow),
+        pytest.param(*("all", (ONE, MIXTURE), 1), marks=pytest.mark.slow),
     ],
 )
 def test_a_cached_step_is_an_uncached_one(

@@ -61,8 +61,18 @@ def poison(folder: Path, world: int, stage: int, *more: str, value: str = "nan")
     return only_run(folder)
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [
+        (1, 0),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        (2, 1),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        (2, 3),
+    ],
+)
+@pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
 def test_a_bad_sample_costs_one_step_and_reaches_no_weight(tmp_path: Path, world: int, stage: int, value: str) -> None:
     run = poison(tmp_path, world, stage, "args.keep_last=9", value=value)
     found = records(run)

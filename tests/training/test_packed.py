@@ -7,7 +7,7 @@ import torch
 
 from sat.errors import ConfigError, DataError
 from sat.training.checkpoint import load_weights
-from tests.parallel.layouts import LAYOUTS, Layout
+from tests.parallel.layouts import LAYOUTS, Layout, rest_is_slow
 from tests.ranks import run_ranks
 from tests.tiny import only_run, records, train_on_rank
 
@@ -143,7 +143,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", rest_is_slow(FORMS, ("5B-I2V",)))
 def test_every_form_of_the_model(tmp_path: Path, form: str) -> None:
     """Split over ranks in each way: the losses and gradient norms of one process."""
     one = train(tmp_path / "one", Layout(), PACK, *FORMS[form])

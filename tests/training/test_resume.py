@@ -372,7 +372,12 @@ def test_a_full_and_a_read_only_disk_harm_nothing(whole: Path, small_disk: tuple
 
 @pytest.mark.parametrize(
     ("name", "harm"),
-    [(name, harm) for name in FILES for harm in HARMS if harm != "unreadable" or name == model_file(0)],
+    [
+        pytest.param(name, harm, marks=[] if name == model_file(0) or harm == "flipped" else pytest.mark.slow)
+        for name in FILES
+        for harm in HARMS
+        if harm != "unreadable" or name == model_file(0)
+    ],
 )
 def test_a_broken_newest_checkpoint_gives_way_to_the_one_before(
     whole: Path, tmp_path: Path, name: str, harm: str
