@@ -369,7 +369,9 @@ class AdaLNMixin(BaseMixin):
         if not self.qk_ln:
             return old_impl(query_layer, key_layer, *tensors)
         norms = self.query_layernorm_list[int(layer_id)], self.key_layernorm_list[int(layer_id)]
-        if old_impl.declares("qk_norms") and all(isinstance(norm, HeadNorm) for norm in norms):
+        # A compiler fuses by itself, and a context made anew would tie its graph to the lengths of a mix.
+        is_fused = not torch.compiler.is_compiling() and old_impl.declares("qk_norms")
+        if is_fused and all(isinstance(norm, HeadNorm) for norm in norms):
             return old_impl(query_layer, key_layer, *tensors, qk_norms=norms)
         return old_impl(norms[0](query_layer), norms[1](key_layer), *tensors)
 

@@ -12,7 +12,8 @@ from sat.config import ConfigNode
 from sat.convert import descriptions
 from sat.convert.places import Place, Places, find_text_encoder, find_vae
 from sat.errors import CheckpointError
-from sat.weights.survey import TEXT_ENCODER_FOLDER, read_json
+from sat.weights.headers import read_json
+from sat.weights.survey import TEXT_ENCODER_FOLDER
 
 log = logging.getLogger(__name__)
 

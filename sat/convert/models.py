@@ -27,8 +27,8 @@ from sat.vae.checkpoint import load_vae_state
 from sat.weights.describe import diffusers_preset
 from sat.weights.finding import find_checkpoint
 from sat.weights.from_diffusers import LEFTOVER_ROWS, complete_transformer, component_files, rename_vae
+from sat.weights.headers import read_json
 from sat.weights.lora import lora_of
-from sat.weights.survey import read_json
 
 log = logging.getLogger(__name__)
 

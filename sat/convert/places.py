@@ -12,8 +12,8 @@ from sat.errors import CheckpointError
 from sat.weights.describe import NO_ALPHA, listed
 from sat.weights.finding import find_checkpoint, hold, iterations_to_try, model_file, open_checkpoint
 from sat.weights.from_diffusers import component_files
-from sat.weights.headers import Header, read_header
-from sat.weights.survey import TEXT_ENCODER_FOLDER, read_json, survey
+from sat.weights.headers import Header, read_header, read_json
+from sat.weights.survey import TEXT_ENCODER_FOLDER, survey
 from sat.weights.whole import AVERAGES, LATEST, iteration_names
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from sat.weights.describe import Finding
+from sat.weights.headers import read_json
 from sat.weights.run_file import RUN_FILE, run_file_problem
-from sat.weights.survey import read_json
 from sat.weights.whole import (
     AVERAGES,
     LATEST,

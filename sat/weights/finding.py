@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sat.errors import CheckpointError
 from sat.logs import SAME_ON_EVERY_RANK
-from sat.weights.survey import read_json
+from sat.weights.headers import read_json
 from sat.weights.whole import (
     AVERAGES,
     LATEST,

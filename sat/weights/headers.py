@@ -291,3 +291,12 @@ class _Reader(pickle.Unpickler):
         dtype, size = STORAGES[kind]
         self.storages[str(key)] = count * size
         return _Storage(dtype)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; an empty one if there is no such file or mapping."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -3,7 +3,6 @@
 Reads names and sizes, never the numbers, and needs no torch: a second is enough for 20 GB.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from sat.cogvideox import presets
 from sat.errors import CheckpointError, SatError
 from sat.weights.archive import is_archive, list_archive
 from sat.weights.describe import Finding, describe, listed
-from sat.weights.headers import Header, TensorInfo, check_start, read_header
+from sat.weights.headers import Header, TensorInfo, check_start, read_header, read_json
 from sat.weights.whole import iteration_names
 
 WEIGHTS_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -304,12 +303,3 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _config(path: Path) -> dict[str, Any]:
     return read_json(path / "config.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; an empty one if there is no such file or mapping."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -25,7 +25,8 @@ MIXES: list[list[Size]] = [
 
 
 @pytest.fixture(autouse=True)
-def forget_graphs() -> Iterator[None]:
+def forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # tests of ranks set it for those that they start
     torch._dynamo.reset()
     counters.clear()
     yield

@@ -30,6 +30,8 @@ STAGES = (
     "{name: packs, args: {train_iters: 2}, data: {params: {sizes: [[1, 4, 4], [3, 4, 6]], pack: {max_tokens: 60}}}}"
     "]"
 )
+SMALL = ("data.params.height=4", "data.params.width=4")
+"""The first stage's, as configs/tiny.yaml has larger clips than the others here."""
 NAMES = ["images"] * 3 + ["clips"] * 4 + ["packs"] * 2
 
 
@@ -327,6 +329,6 @@ def test_the_printed_configuration_tells_the_size_of_each_stage() -> None:
 
 
 def test_each_stage_draws_from_streams_of_its_own() -> None:
-    stages = plan_stages(load_config([ROOT / "configs" / "tiny.yaml"], [*COMMON, STAGES, "args.save=x"]), 7)
+    stages = plan_stages(load_config([ROOT / "configs" / "tiny.yaml"], [*COMMON, STAGES, *SMALL, "args.save=x"]), 7)
     assert stages[0].seed == 7 and len({stage.seed for stage in stages}) == 3
     assert [(stage.first_step, stage.last_step) for stage in stages] == [(0, 3), (3, 7), (7, 9)]
