@@ -9,6 +9,7 @@ import torch
 from sat.cogvideox.engine import TrainedParts, build_engine
 from sat.config import dump_config, load_config
 from sat.mpu.launch import read_launch
+from sat.mpu.recorder import Recorder
 from sat.sampling.args import sample_args
 from sat.sampling.prompts import parse_prompt
 from sat.sampling.run import SamplingRun
@@ -55,7 +56,7 @@ def sample_on_rank(rank: int, run: Path, out: Path, words: tuple[str, ...]) -> R
     """Latents, and of each pass whether it was reused, the change and the error."""
     options = (f"args.load={run}", f"args.output_dir={out}", "args.only_save_latents=true", *words)
     config = load_config([run / "training_config.yaml"], ["args.reuse_threshold=0.52", *options])
-    sampling = SamplingRun(config, sample_args(config), 7, read_launch())
+    sampling = SamplingRun(config, sample_args(config), 7, Recorder(read_launch()))
     prompts = [parse_prompt(text, False) for text in PROMPTS]
     latents = sampling._sample_batch([0, 1], prompts, "")
     reuse = sampling.engine.reuse
