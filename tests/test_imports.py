@@ -79,11 +79,13 @@ def test_no_part_is_forgotten() -> None:
 
 PROBE = """
 import os, sys
+os.environ.pop('TORCHINDUCTOR_CACHE_DIR', None)  # torch's compiler sets it, and this process inherits it
 before = dict(os.environ)
 import {module}
 import torch.distributed as dist
 assert not dist.is_initialized(), "a process group was started"
 assert "deepspeed" not in sys.modules, "DeepSpeed was imported"
+assert "torch._dynamo" not in sys.modules, "torch's compiler was imported"
 assert dict(os.environ) == before, "the environment was changed"
 import torch
 assert not torch.cuda.is_initialized(), "the GPU was touched"

@@ -44,6 +44,9 @@ class LayerReuseMixin(BaseMixin):
         self._first: Tensor | None = None
         self._entered: Tensor | None = None
         self._rest: Tensor | None = None
+        # It looks at numbers: where layers are compiled, the first one is not a single graph. Not a decorator of the
+        # class, which would import torch's compiler, seconds of work, into every process.
+        self._begin_pass = torch.compiler.disable(self._begin_pass)  # type: ignore[method-assign]
 
     def forget(self) -> None:
         """The next pass is whole."""
@@ -73,7 +76,6 @@ class LayerReuseMixin(BaseMixin):
             self._rest, self._entered = after - self._entered, None
         return after
 
-    @torch.compiler.disable  # it looks at numbers: where layers are compiled, the first one is not a single graph
     def _begin_pass(self, residual: Tensor, after: Tensor, sequence: SequenceShard | None) -> None:
         self.change = None if self._rest is None else self._change(residual, sequence)
         self.is_reusing = self.change is not None and self.change < self.threshold

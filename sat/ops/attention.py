@@ -17,11 +17,6 @@ from sat.mpu.shards import split_evenly
 from sat.ops.packed_attention import packed_attention
 from sat.ops.ring_attention import HALF, HIDDEN_SCORE, ring_attention
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, key, value) -> attended values, of whole sequences."""
 
@@ -121,13 +116,23 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, sequence: SequenceS
         return query
     if query.device.type in ("cpu", "meta"):
         return packed_attention(query, key, value, marks, scale)[0]
-    if query.dtype in HALF and len(query) == 1 and varlen_attn is not None:
+    kernel = load_varlen_kernel() if query.dtype in HALF and len(query) == 1 else None
+    if kernel is not None:
         rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # s k e each
-        attended: Any = varlen_attn(*rows, marks, marks, sequence.longest, sequence.longest, scale=scale)  # type: ignore
+        attended = kernel(*rows, marks, marks, sequence.longest, sequence.longest, scale=scale)
         padding = query.shape[2] - sequence.length
         return F.pad(attended[: sequence.length], (0, 0, 0, 0, 0, padding)).transpose(0, 1).unsqueeze(0)
     attend = partial(F.scaled_dot_product_attention, scale=scale)
     return attend_in_segments(query, key, value, sequence.bounds, attend)
+
+
+def load_varlen_kernel() -> Callable[..., Any] | None:
+    """torch's attention over samples of many lengths. Importing it takes seconds, as it brings torch's compiler."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn
 
 
 def attend_in_segments(query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], attend: Attend) -> Tensor:
