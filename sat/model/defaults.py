@@ -50,14 +50,18 @@ def attention_fn_default(
     log_attention_weights: Tensor | None = None,
     scaling_attention_score: bool = True,
     sequence: SequenceShard | None = None,
+    cross_attention: bool = False,
     **_: Any,
 ) -> Tensor:
     """Attention by torch's fused kernels where nothing is masked, by explicit scores elsewhere.
 
     query (b k s e), key and value (b g m e). Multi-query heads serve consecutive query heads. sequence is the context's
-    value of that name, which says what tokens of a shared sequence these are.
+    value of that name, which says what tokens of a shared sequence these are. cross_attention: key and value are an
+    encoder's, whole on every rank; the mask has the rows of this rank's queries.
     """
-    if sequence is None and get_parallel_state().size("cp") > 1:
+    if cross_attention:
+        sequence = None
+    elif sequence is None and get_parallel_state().size("cp") > 1:
         raise HookError(
             "this rank holds a part of the tokens (context parallelism), so attention_fn_default needs the context's "
             "`sequence`: let your attention_fn declare `sequence` or **kwargs and hand it on"
@@ -90,6 +94,7 @@ def _attention_fn(
         ctx.get("log_attention_weights"),
         ctx.get("scaling_attention_score", True),
         ctx.get("sequence"),
+        ctx.get("cross_attention", False),
     )
 
 
@@ -114,13 +119,15 @@ def _cross_attention_forward(
     module = transformer.layers[int(ctx.layer_id)].cross_attention
     query = module._transpose_for_scores(project(module.query, hidden_states, ctx))
     if isinstance(encoder_outputs, Tensor):
-        both = project(module.key_value, encoder_outputs, ctx)
-        key, value = (module._transpose_for_scores(x) for x in both.chunk(2, dim=-1))
+        key, value = module.split_kv(project(module.key_value, encoder_outputs, ctx))
     else:  # one (key, value) pair for each layer, kept from an earlier call
         key, value = encoder_outputs[int(ctx.layer_id)]
+    sequence, mask = ctx.get("sequence"), cross_attention_mask
+    if sequence is not None and mask is not None and mask.shape[-2] > 1:
+        mask = sequence.take_for_attention(mask, dim=-2)
     dropout = module.attention_dropout if module.training else None
     ctx = ctx.updated({"cross_attention": True, "mem_cross": (key, value)})
-    attended = transformer.hooks.call("attention_fn", ctx, query, key, value, cross_attention_mask, dropout)
+    attended = transformer.hooks.call("attention_fn", ctx, query, key, value, mask, dropout)
     return module.output_dropout(project(module.dense, attended.transpose(1, 2).flatten(2), ctx))
 
 

@@ -3,7 +3,8 @@
 Letters: b batch, s tokens, d hidden size, k heads, g key/value heads, e head size.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from sat.mpu.layers import (
     scaled_init_method,
     unscaled_init_method,
 )
+from sat.mpu.mappings import gather_from_model_parallel_region
 from sat.mpu.shards import divide, split_evenly
 from sat.mpu.utils import gelu
 from sat.ops.layernorm import LayerNorm
@@ -77,12 +79,11 @@ class LayerConfig:
             init_method=self.init_method,
             name=name,
             module=module,
-            **self._linear(),
-            **options,
+            **{**self._linear(), **options},
         )
 
-    def row(self, inputs: int, outputs: int, name: str, module: nn.Module, unit: int = 1) -> RowParallelLinear:
-        """A projection whose inputs are split over the tensor-parallel group, in runs of `unit`."""
+    def row(self, inputs: int, outputs: int, name: str, module: nn.Module, **options: Any) -> RowParallelLinear:
+        """A projection whose inputs are split over the tensor-parallel group."""
         return RowParallelLinear(
             inputs,
             outputs,
@@ -92,8 +93,7 @@ class LayerConfig:
             name=name,
             module=module,
             final_bias=self.row_parallel_linear_final_bias,
-            unit=unit,
-            **self._linear(),
+            **{**self._linear(), **options},
         )
 
     def _linear(self) -> dict[str, Any]:
@@ -107,7 +107,12 @@ class LayerConfig:
 
 
 class _Attention(nn.Module):
-    """Head sizes and dropouts that self and cross attention share."""
+    """Head sizes and dropouts that self and cross attention share.
+
+    Tensor parallelism deals whole key and value heads with the query heads that they serve. Where there are fewer of
+    them than ranks, it deals query heads, and channels of the key and value projections; each rank then gathers the
+    keys and values of the heads that its queries attend to. So every parameter has one owner at any group size.
+    """
 
     def __init__(self, config: LayerConfig, head_dim: int | None, num_kv_heads: int, hooks: Hooks) -> None:
         super().__init__()
@@ -118,15 +123,28 @@ class _Attention(nn.Module):
         self.hidden_size_per_attention_head = head_dim or divide(
             config.hidden_size, config.num_attention_heads, "hidden_size over num_attention_heads:"
         )
-        if self.num_kv_heads < config.world_size:
+        if self.num_attention_heads < config.world_size:
             raise LayoutError(
-                f"model_parallel_size {config.world_size} is more than the {self.num_kv_heads} "
-                f"{'key and value ' if num_kv_heads else ''}heads; every rank needs one of its own"
+                f"model_parallel_size {config.world_size} is more than the {self.num_attention_heads} heads; "
+                "every rank needs one of its own"
             )
-        rank = 0 if config.group is None else config.group.rank()
-        own_kv_heads = split_evenly(self.num_kv_heads, config.world_size)[rank]
+        self.group = config.group
         self.queries_per_kv_head = divide(config.num_attention_heads, self.num_kv_heads, "num_attention_heads")
-        self.num_attention_heads_per_partition = own_kv_heads * self.queries_per_kv_head
+        rank = 0 if config.group is None else config.group.rank()
+        self.kv_rank_sizes: list[int] | None = None
+        """Key channels of each rank, where heads are torn apart."""
+        if self.num_kv_heads >= config.world_size:
+            own_kv_heads = split_evenly(self.num_kv_heads, config.world_size)[rank]
+            self.num_attention_heads_per_partition = own_kv_heads * self.queries_per_kv_head
+        else:
+            own_heads = split_evenly(self.num_attention_heads, config.world_size)
+            self.num_attention_heads_per_partition = own_heads[rank]
+            self.kv_rank_sizes = split_evenly(
+                self.num_kv_heads * self.hidden_size_per_attention_head, config.world_size
+            )
+            first = sum(own_heads[:rank])
+            self.kv_heads_needed = self._find_kv_heads(range(first, first + own_heads[rank]))
+            own_kv_heads = len(self.kv_heads_needed)
         self.num_multi_query_heads_per_partition = own_kv_heads if num_kv_heads else 0
         self.inner_hidden_size = self.num_attention_heads * self.hidden_size_per_attention_head
         self.hidden_size_per_partition = self.num_attention_heads_per_partition * self.hidden_size_per_attention_head
@@ -139,9 +157,26 @@ class _Attention(nn.Module):
         return self.num_multi_query_heads or self.num_attention_heads
 
     @property
-    def query_unit(self) -> int:
-        """Query channels that stay together: those of the heads that one key and value head serves."""
-        return self.queries_per_kv_head * self.hidden_size_per_attention_head
+    def query_split(self) -> dict[str, Any]:
+        """How query channels are dealt: those of the heads that one key and value head serves stay together."""
+        head_dim = self.hidden_size_per_attention_head
+        return {"unit": self.queries_per_kv_head * head_dim, "fine_units": (head_dim,)}
+
+    def _find_kv_heads(self, query_heads: Iterable[int]) -> list[int]:
+        """The key and value heads of some query heads: one for equally many of them, or else one for each."""
+        counts = Counter(head // self.queries_per_kv_head for head in query_heads)
+        return list(counts) if len(set(counts.values())) == 1 else list(counts.elements())
+
+    def split_kv(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected keys and values, side by side (b s f), as key and value (b g s e) of this rank's query heads."""
+        key, value = both.chunk(2, dim=-1)
+        if self.kv_rank_sizes is not None:
+            stacked = gather_from_model_parallel_region(
+                torch.stack([key, value]), self.group, self.kv_rank_sizes, sum_gradients=True
+            )
+            heads = stacked.unflatten(-1, (-1, self.hidden_size_per_attention_head))[..., self.kv_heads_needed, :]
+            key, value = heads.flatten(-2).unbind(0)
+        return self._transpose_for_scores(key), self._transpose_for_scores(value)
 
     def _transpose_for_scores(self, tensor: Tensor) -> Tensor:
         """(b s heads·e) -> (b heads s e)."""
@@ -164,15 +199,15 @@ class SelfAttention(_Attention):
             bias=config.use_bias or config.use_qkv_bias,
             stride=self.stride,
             unit=self.hidden_size_per_attention_head,
+            fine_units=(self.hidden_size_per_attention_head, 1, 1),
         )
-        self.dense = config.row(self.inner_hidden_size, config.hidden_size, "dense", self, self.query_unit)
+        self.dense = config.row(self.inner_hidden_size, config.hidden_size, "dense", self, **self.query_split)
 
     def split_qkv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The output of `query_key_value` (b s f) as query (b k s e), key and value (b g s e)."""
         query_size = self.hidden_size_per_partition
-        kv_size = (mixed.shape[-1] - query_size) // 2
-        query, key, value = mixed.split([query_size, kv_size, kv_size], dim=-1)
-        return self._transpose_for_scores(query), self._transpose_for_scores(key), self._transpose_for_scores(value)
+        query, both = mixed.split([query_size, mixed.shape[-1] - query_size], dim=-1)
+        return self._transpose_for_scores(query), *self.split_kv(both)
 
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None, *, ctx: Context | None = None, **values: Any
@@ -189,7 +224,7 @@ class CrossAttention(_Attention):
         self.layer_id = layer_id
         bias = config.use_bias or config.use_qkv_bias
         self.query = config.column(
-            config.hidden_size, self.inner_hidden_size, "query", self, bias=bias, unit=self.query_unit
+            config.hidden_size, self.inner_hidden_size, "query", self, bias=bias, **self.query_split
         )
         self.key_value = config.column(
             config.cross_attn_hidden_size or config.hidden_size,
@@ -199,8 +234,10 @@ class CrossAttention(_Attention):
             bias=bias,
             stride=2,
             unit=self.hidden_size_per_attention_head,
+            fine_units=(1, 1),
+            sequence_parallel=False,  # the encoder's states are whole on every rank
         )
-        self.dense = config.row(self.inner_hidden_size, config.hidden_size, "dense", self, self.query_unit)
+        self.dense = config.row(self.inner_hidden_size, config.hidden_size, "dense", self, **self.query_split)
 
     def forward(
         self,

@@ -117,9 +117,8 @@ class BaseTransformer(nn.Module):
         self.hooks = Hooks(self, DEFAULTS)
         self.parallel = get_parallel_state() if parallel is None else parallel
         group, sequence_parallel = self.parallel.group("tp"), self.parallel.sequence_parallel
-        if sequence_parallel and (num_experts > 1 or is_decoder):
-            what = "experts" if num_experts > 1 else "cross attention"
-            raise LayoutError(f"sequence_parallel is not available for layers with {what}; turn it off")
+        if sequence_parallel and num_experts > 1:
+            raise LayoutError("sequence_parallel is not available for layers with experts; turn it off")
 
         embedding_init = init_method or unscaled_init_method(init_method_std)
         factory: dict[str, Any] = {"device": device, "dtype": params_dtype}

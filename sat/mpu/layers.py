@@ -71,7 +71,8 @@ class ColumnParallelLinear(_Sharded):
     """y = x Wᵀ + b with the rows of W (the outputs) split over the group.
 
     stride: how many equal blocks the outputs are made of (3 for fused q, k, v), or the blocks' proportions; each block
-    is split on its own, in runs of `unit` outputs. gather_output: return the whole y rather than this rank's outputs.
+    is split on its own, in runs of `unit` outputs, by `fine_units` where there are more ranks than runs.
+    gather_output: return the whole y rather than this rank's outputs.
     sequence_parallel: x holds this rank's tokens (b s/n d) and is gathered first; with gather_output, x is the same on
     all ranks and y is used for tokens of the rank's own, so gradients of x are this rank's share, to be summed later.
     """
@@ -91,6 +92,7 @@ class ColumnParallelLinear(_Sharded):
         device: torch.device | str | None = None,
         group: dist.ProcessGroup | None = None,
         unit: int = 1,
+        fine_units: Sequence[int] | None = None,
         sequence_parallel: bool = False,
         bias_init_method: InitMethod = nn.init.zeros_,
     ) -> None:
@@ -99,7 +101,7 @@ class ColumnParallelLinear(_Sharded):
         self.gather_output = gather_output
         self.stride = stride
         self.sequence_parallel = sequence_parallel and self.group is not None
-        self.rule = make_rule(0, output_size, stride, unit)
+        self.rule = make_rule(0, output_size, stride, unit, fine_units)
         factory: dict[str, Any] = {"device": device, "dtype": params_dtype}
         weight = torch.empty(output_size, input_size, **factory)
         whole_bias = torch.zeros(output_size, **factory) if bias else None
@@ -151,6 +153,7 @@ class RowParallelLinear(_Sharded):
         final_bias: bool = True,
         group: dist.ProcessGroup | None = None,
         unit: int = 1,
+        fine_units: Sequence[int] | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__(group)
@@ -158,7 +161,7 @@ class RowParallelLinear(_Sharded):
         self.input_is_parallel = input_is_parallel
         self.final_bias = final_bias
         self.sequence_parallel = sequence_parallel and self.group is not None
-        self.rule = make_rule(1, input_size, unit=unit)
+        self.rule = make_rule(1, input_size, unit=unit, fine_units=fine_units)
         factory: dict[str, Any] = {"device": device, "dtype": params_dtype}
         weight = torch.empty(output_size, input_size, **factory)
         if not skip_init:

@@ -26,17 +26,30 @@ def split_evenly(total: int, parts: int) -> list[int]:
 class ShardRule:
     """A parameter is made of `chunks` along `dim`; each chunk is dealt to the ranks in runs of its unit.
 
-    Fused q, k, v: three chunks, dealt in heads. `units` has one number for each chunk.
+    Fused q, k, v: three chunks, dealt in heads. `units` has one number for each chunk; `fine_units` are those for more
+    ranks than a chunk has runs, where it can be torn further.
     """
 
     dim: int
     chunks: tuple[int, ...]
     units: tuple[int, ...]
+    fine_units: tuple[int, ...] | None = None
 
     def sizes(self, world_size: int) -> list[list[int]]:
         """For each chunk, the length of every rank's part."""
-        dealt = [split_evenly(chunk // unit, world_size) for chunk, unit in zip(self.chunks, self.units)]
-        return [[count * unit for count in counts] for counts, unit in zip(dealt, self.units)]
+        found = []
+        for chunk, unit, fine in zip(self.chunks, self.units, self.fine_units or self.units):
+            run = unit if chunk // unit >= world_size else fine
+            found.append([count * run for count in split_evenly(chunk // run, world_size)])
+        return found
+
+    def of_chunks(self) -> "list[ShardRule]":
+        """The rule of each chunk by itself."""
+        fine_units = self.fine_units or self.units
+        return [
+            ShardRule(self.dim, (chunk,), (unit,), (fine,) if self.fine_units else None)
+            for chunk, unit, fine in zip(self.chunks, self.units, fine_units)
+        ]
 
     def size(self, rank: int, world_size: int) -> int:
         """Length of a rank's part along `dim`."""
@@ -62,11 +75,18 @@ class ShardRule:
         return torch.cat([pieces[chunk] for chunk in range(len(sizes)) for pieces in of_rank], self.dim)
 
 
-def make_rule(dim: int, total: int, stride: int | Sequence[int] = 1, unit: int = 1) -> ShardRule:
+def make_rule(
+    dim: int,
+    total: int,
+    stride: int | Sequence[int] = 1,
+    unit: int = 1,
+    fine_units: Sequence[int] | None = None,
+) -> ShardRule:
     """The rule of a dimension made of `stride` equal chunks, or of chunks in the given proportion.
 
     unit: the smallest run that is not torn apart; for chunks in proportion, that of the smallest chunk, the others'
-    grow with them (query heads stay with the key and value head that serves them).
+    grow with them (query heads stay with the key and value head that serves them). fine_units: one for each chunk, of
+    what may be torn where there are more ranks than runs; None where no chunk may be.
     """
     ratios = [1] * stride if isinstance(stride, int) else list(stride)
     size = divide(total, sum(ratios), "output size")
@@ -74,7 +94,7 @@ def make_rule(dim: int, total: int, stride: int | Sequence[int] = 1, unit: int =
     chunks = [size * ratio for ratio in ratios]
     for chunk, own in zip(chunks, units):
         divide(chunk, own, "a block of outputs")
-    return ShardRule(dim, tuple(chunks), tuple(units))
+    return ShardRule(dim, tuple(chunks), tuple(units), None if fine_units is None else tuple(fine_units))
 
 
 def mark_sharded(parameter: nn.Parameter, rule: ShardRule) -> None:

@@ -33,6 +33,10 @@ ARGS: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped heads, rotary, gated": {"num_multi_query_heads": 3, "is_rotary_emb": True, "is_gated_mlp": True},
+    "one key head": {"num_multi_query_heads": 1, "is_rotary_emb": False},
+    "fewer key heads than ranks": {"num_attention_heads": 8, "num_multi_query_heads": 2},
+    "cross attention": {"is_decoder": True, "cross_attn_hidden_size": 10},
+    "cross attention, one key head": {"is_decoder": [False, True], "cross_num_multi_query_heads": 1},
     "post order": {"layernorm_order": "post"},
 }
 NAMES = ("TP2", "TP3", "TP2+SP", "Ulysses2", "Ring2", "Ring3", "TP2xRing2", "TP2+SPxUlysses2", "Ulysses2xRing2")
@@ -47,10 +51,21 @@ def make_model(changes: dict[str, Any], seed: int = 0) -> BaseModel:
     return model
 
 
+def encoder_values(model: BaseModel, has_rows: bool) -> dict[str, Tensor]:
+    """An encoder's states for layers with cross attention, and a mask of them, with a row for each token or for all."""
+    if not model.transformer.is_decoder:
+        return {}
+    layer = model.transformer.layers[-1].cross_attention.key_value
+    noise = torch.Generator().manual_seed(4)
+    states = torch.randn(2, 5, layer.input_size, generator=noise, dtype=torch.float64)
+    mask = torch.rand(2, 1, LENGTH if has_rows else 1, 5, generator=noise).double()
+    return {"encoder_outputs": states, "cross_attention_mask": mask}
+
+
 def loss_of(model: BaseModel, causal: bool, parallel_output: bool) -> tuple[Tensor, Tensor]:
     ids = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     model.transformer.parallel_output = parallel_output
-    logits = model(ids, torch.arange(LENGTH), -1 if causal else None)[0]
+    logits = model(ids, torch.arange(LENGTH), -1 if causal else None, **encoder_values(model, causal))[0]
     if parallel_output:
         loss = vocab_parallel_cross_entropy(logits[:, :-1], ids[:, 1:]).mean()
     else:

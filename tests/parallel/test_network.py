@@ -129,6 +129,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "sandwich": {"transformer_args": {"layernorm_order": "sandwich"}},
     "recomputed": {"transformer_args": {"checkpoint_activations": True}},
     "lora": {"extra_modules": LORA},
+    "one key head, lora": {"transformer_args": {"num_multi_query_heads": 1}, "extra_modules": LORA},
 }
 PAIRS = ("TP2", "TP2+SP", "Ulysses2", "Ring3", "TP2+SPxRing2", "Ulysses2xRing2")
 """Every axis and kind of pair once."""

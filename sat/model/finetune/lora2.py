@@ -133,7 +133,7 @@ def output_rules(linear: nn.Module) -> list[ShardRule]:
     """How the outputs of each block of a projection are split; blocks of one rank are whole."""
     if not isinstance(linear, ColumnParallelLinear):
         return [make_rule(0, len(linear.weight))]  # type: ignore[arg-type]
-    return [ShardRule(0, (chunk,), (unit,)) for chunk, unit in zip(linear.rule.chunks, linear.rule.units)]
+    return linear.rule.of_chunks()
 
 
 def _input_rule(linear: nn.Module) -> ShardRule:
