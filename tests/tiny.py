@@ -21,6 +21,24 @@ SMALLER = (
 )
 """A network that takes milliseconds a step."""
 
+_IMAGE_TO_VIDEO = (
+    "model.network_config.params.in_channels=32",
+    "model.noised_image_input=true",
+    "model.noised_image_dropout=0.05",
+)
+_PATCHES_OVER_TIME = "model.network_config.params.patch_size=[2, 2, 2]"
+FORMS = {
+    "5B": (),
+    "2B": (
+        "model.network_config.params.modules.pos_embed_config="
+        "{target: dit_video_concat.Basic3DPositionEmbeddingMixin, params: {text_length: 16}}",
+    ),
+    "5B-I2V": _IMAGE_TO_VIDEO,
+    "1.5-5B": (_PATCHES_OVER_TIME,),
+    "1.5-5B-I2V": (*_IMAGE_TO_VIDEO, _PATCHES_OVER_TIME, "model.network_config.params.ofs_embed_dim=32"),
+}
+"""What makes the configuration that of a released model."""
+
 _VAE_HALF = {"z_channels": 16, "ch": 8, "ch_mult": [1, 2, 2, 4], "num_res_blocks": 1, "norm_groups": 4}
 VAE = {
     "target": "vae_modules.autoencoder.VideoAutoencoderInferenceWrapper",

@@ -1,6 +1,8 @@
 """Whole training runs on every layout and ZeRO stage against one process: losses, gradient norms and final weights."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from sat.weights.finding import find_checkpoint
 from tests.cogvideox.tiny import HEADS
 from tests.parallel.layouts import LAYOUTS, WIDE, Layout, rest_is_slow
 from tests.ranks import run_ranks
-from tests.tiny import only_run, records, tiny_config, train_on_rank
+from tests.tiny import FORMS, only_run, records, tiny_config, train_on_rank
 
 STEPS = 5
 COMMON = (
@@ -31,9 +33,10 @@ def widths(heads: int) -> tuple[str, ...]:
     return f"{params}.hidden_size={16 * heads}", f"{params}.num_attention_heads={heads}"
 
 
-def options(layout: Layout, stage: int, heads: int | None = None) -> tuple[str, ...]:
+def options(layout: Layout, stage: int, heads: int | None = None, form: str = "5B") -> tuple[str, ...]:
     return (
         *COMMON,
+        *FORMS[form],
         *widths(heads or layout.heads),
         f"deepspeed.zero_optimization.stage={stage}",
         f"deepspeed.train_micro_batch_size_per_gpu={2 if layout.dp == 2 else 4}",
@@ -44,31 +47,43 @@ def options(layout: Layout, stage: int, heads: int | None = None) -> tuple[str, 
     )
 
 
-def train(folder: Path, layout: Layout, stage: int, heads: int | None = None) -> Path:
-    run_ranks(train_on_rank, layout.world, (*options(layout, stage, heads), f"args.save={folder}"))
+def train(folder: Path, layout: Layout, stage: int, heads: int | None = None, form: str = "5B") -> Path:
+    run_ranks(train_on_rank, layout.world, (*options(layout, stage, heads, form), f"args.save={folder}"))
     return only_run(folder)
 
 
-def whole_weights(run: Path, heads: int = HEADS) -> dict[str, torch.Tensor]:
+def whole_weights(run: Path, heads: int, form: str) -> dict[str, torch.Tensor]:
     """The weights of a run, put together from the files of all tensor-parallel ranks."""
-    engine = build_engine(tiny_config(*COMMON, *widths(heads))["model"])
+    engine = build_engine(tiny_config(*COMMON, *FORMS[form], *widths(heads))["model"])
     rules = {f"model.diffusion_model.{name}": rule for name, rule in shard_rules(engine.network).items()}
     return join_states(load_parts(find_checkpoint(run)), rules)
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("reference"), Layout(), stage=0)
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of one process of each form, made when it is first asked for."""
+    return cache(lambda form: train(tmp_path_factory.mktemp(form), Layout(), stage=0, form=form))
 
 
-ALL = [(name, stage) for name in LAYOUTS for stage in (0, 1, 2, 3)]
-DEFAULT = [(name, stage) for name, stage in ALL if stage == 2 or name in ("TP2+SPxRing2", "DP2xCP2")]
+@pytest.fixture
+def reference(references: Callable[[str], Path]) -> Path:
+    return references("5B")
 
 
-@pytest.mark.parametrize("case", rest_is_slow(ALL, DEFAULT), ids=lambda case: "{}-{}".format(*case))
-def test_losses_and_weights_are_those_of_one_process(reference: Path, tmp_path: Path, case: tuple[str, int]) -> None:
-    name, stage = case
-    check(train(tmp_path, LAYOUTS[name], stage), reference, HEADS)
+ALL = [(form, name, stage) for form in FORMS for name in LAYOUTS for stage in (0, 1, 2, 3)]
+DEFAULT = [
+    (form, name, stage)
+    for form, name, stage in ALL
+    if form == "5B" and (stage == 2 or name in ("TP2+SPxRing2", "DP2xCP2"))
+]
+
+
+@pytest.mark.parametrize("case", rest_is_slow(ALL, DEFAULT), ids=lambda case: "{}-{}-{}".format(*case))
+def test_losses_and_weights_are_those_of_one_process(
+    references: Callable[[str], Path], tmp_path: Path, case: tuple[str, str, int]
+) -> None:
+    form, name, stage = case
+    check(train(tmp_path, LAYOUTS[name], stage, form=form), references(form), HEADS, form)
 
 
 @pytest.mark.slow
@@ -78,13 +93,13 @@ def test_four_tensor_parallel_ranks_train_as_one_process(tmp_path: Path, name: s
     check(train(tmp_path / "four", WIDE[name], 2), train(tmp_path / "one", Layout(), 0, heads), heads)
 
 
-def check(run: Path, reference: Path, heads: int) -> None:
+def check(run: Path, reference: Path, heads: int, form: str = "5B") -> None:
     for key in ("loss", "grad_norm"):
         expected = torch.tensor([record[key] for record in records(reference)])
         got = torch.tensor([record[key] for record in records(run)])
         assert len(got) == STEPS
         torch.testing.assert_close(got, expected, rtol=LOSS_RTOL, atol=0.0)
-    expected_weights, weights = whole_weights(reference, heads), whole_weights(run, heads)
+    expected_weights, weights = whole_weights(reference, heads, form), whole_weights(run, heads, form)
     assert weights.keys() == expected_weights.keys()
     for key, value in expected_weights.items():
         if "query_key_value.bias" not in key:  # the key's bias cannot change the loss: Adam amplifies its rounding

@@ -9,7 +9,7 @@ from sat.errors import ConfigError, DataError
 from sat.training.checkpoint import load_weights
 from tests.parallel.layouts import LAYOUTS, Layout, rest_is_slow
 from tests.ranks import run_ranks
-from tests.tiny import only_run, records, train_on_rank
+from tests.tiny import FORMS, only_run, records, train_on_rank
 
 STEPS = 4
 MIXED = "data.params.sizes=[[1, 4, 4], [3, 4, 4], [3, 2, 6], [5, 4, 2], [2, 6, 6]]"
@@ -121,34 +121,20 @@ def test_compiled_layers(reference: Path, tmp_path: Path, name: str, stage: int)
     assert_equal(train(tmp_path, LAYOUTS[name], PACK, "args.compile=true", stage=stage), reference)
 
 
-IMAGE_TO_VIDEO = (
-    "model.network_config.params.in_channels=32",
-    "model.noised_image_input=true",
-    "model.noised_image_dropout=0.05",
-)
-FORMS = {
-    "2B": (
-        "model.network_config.params.modules.pos_embed_config="
-        "{target: dit_video_concat.Basic3DPositionEmbeddingMixin, params: {text_length: 16}}",
-    ),
-    "5B-I2V": IMAGE_TO_VIDEO,
-    "1.5-5B-I2V": (
-        *IMAGE_TO_VIDEO,
-        "model.network_config.params.patch_size=[2, 2, 2]",
-        "model.network_config.params.ofs_embed_dim=32",
-    ),
+WITH_LORA = {
+    **FORMS,
     "LoRA": (
         "model.network_config.params.modules.lora_config={target: sat.model.finetune.lora2.LoraMixin, params: {r: 4}}",
     ),
 }
 
 
-@pytest.mark.parametrize("form", rest_is_slow(FORMS, ("5B-I2V",)))
+@pytest.mark.parametrize("form", rest_is_slow(WITH_LORA, ("5B-I2V",)))
 def test_every_form_of_the_model(tmp_path: Path, form: str) -> None:
     """Split over ranks in each way: the losses and gradient norms of one process."""
-    one = train(tmp_path / "one", Layout(), PACK, *FORMS[form])
+    one = train(tmp_path / "one", Layout(), PACK, *WITH_LORA[form])
     for name in ("TP2", "Ulysses2", "Ring2"):
-        assert_equal(train(tmp_path / name, LAYOUTS[name], PACK, *FORMS[form]), one)
+        assert_equal(train(tmp_path / name, LAYOUTS[name], PACK, *WITH_LORA[form]), one)
 
 
 def test_packed_rows_train_as_single_clips_do(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sat.training.checkpoint import load_weights
 from sat.training.optimizer_state import StoredState
 from sat.training.stages import plan_stages, stage_lines
 from tests.ranks import run_ranks
-from tests.tiny import ROOT, SMALLER, only_run, records, tiny_config, train_on_rank
+from tests.tiny import FORMS, ROOT, SMALLER, only_run, records, tiny_config, train_on_rank
 
 COMMON = ("args.global_batch_size=4", "args.save_interval=2", "args.train_iters=null", "args.eval_interval=null")
 STAGES = (
@@ -85,15 +85,11 @@ def test_the_optimizer_is_forgotten_where_a_stage_says_so(reference: Path, tmp_p
     assert losses(run)[4] != losses(reference)[4]
 
 
-FORMS = {
-    "2B": (
-        "model.network_config.params.modules.pos_embed_config="
-        "{target: dit_video_concat.Basic3DPositionEmbeddingMixin, params: {text_length: 16}}",
-    ),
+STORED = {
+    "2B": FORMS["2B"],
     "5B-I2V": (
         "model.network_config.params.modules.pos_embed_config.params.learnable_pos_embed=true",
-        "model.network_config.params.in_channels=32",
-        "model.noised_image_input=true",
+        *FORMS["5B-I2V"],
     ),
 }
 """Those that store positions for one grid."""
@@ -119,7 +115,7 @@ def at_the_grown_grid(form: str, table: torch.Tensor) -> torch.Tensor:
     return torch.cat([text, torch.zeros(1, 4, 32), grown], dim=1)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", STORED)
 def test_stored_positions_follow_the_grid_of_a_stage(form: str, tmp_path: Path) -> None:
     """The second stage has other sides, frames and text; its one step has no learning rate and no gradient."""
     stages = (
@@ -127,7 +123,7 @@ def test_stored_positions_follow_the_grid_of_a_stage(form: str, tmp_path: Path) 
         "gradient_clipping: 1.0e-30, optimizer: {params: {lr: 0}}}}]"
     )
     options = ("deepspeed.train_micro_batch_size_per_gpu=1", "data.params.num_frames=3", f"args.save={tmp_path}")
-    run_ranks(train_on_rank, 2, (*COMMON, *FORMS[form], stages, *options))
+    run_ranks(train_on_rank, 2, (*COMMON, *STORED[form], stages, *options))
     run = only_run(tmp_path)
     first, second = (load_weights(run / step / "mp_rank_00_model_states.pt") for step in ("3", "4"))
     assert first.keys() == second.keys() and TABLE in first
