@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sat.errors import CommunicationError, LayoutError
-from sat.mpu.rollcall import Report, call_roll
+from sat.mpu.rollcall import Report, call_roll, linger
 from sat.mpu.state import ParallelState, set_parallel_state
 
 log = logging.getLogger(__name__)
@@ -252,6 +252,7 @@ def _connect(launch: Launch, timeout: datetime.timedelta) -> None:
         )
         dist.barrier(device_ids=[launch.device.index] if launch.device.type == "cuda" else None)
     except RuntimeError as error:
+        linger(launch.rank)
         raise CommunicationError(
             f"rank {launch.rank} on {launch.hosts[launch.rank]}: all ranks have reported in, but they cannot connect "
             f"with each other by {backend} ({str(error).splitlines()[0]}); {NETWORK_HINT}"

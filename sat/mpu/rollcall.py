@@ -48,12 +48,12 @@ def call_roll(store: dist.Store, own: Report, world_size: int, seconds: float) -
             raise CommunicationError(_describe_missing([0], [own], world_size, seconds)) from error
     roll = json.loads(store.get(_ROLL))
     if "problem" in roll:
-        _linger(own.rank)
+        linger(own.rank)
         raise CommunicationError(roll["problem"])
     return tuple(roll["hosts"])
 
 
-def _linger(rank: int) -> None:
+def linger(rank: int) -> None:
     """Rank 0 holds the store that the others still ask: it is the last to go."""
     if rank == 0:
         time.sleep(LINGER_SECONDS)
@@ -124,7 +124,7 @@ def report_failure(store: dist.Store, rank: int, world_size: int, seconds: float
             time.sleep(0.1)
     except RuntimeError:  # the store has gone with rank 0
         return [0] if 0 in silent else silent
-    _linger(rank)
+    linger(rank)
     return silent
 
 
