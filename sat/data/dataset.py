@@ -1,6 +1,6 @@
 """Clips on disk or in shards: clip number -> pixels or latents and caption, read when asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -145,27 +145,26 @@ class SFTDataset(Dataset):
 
         Raises DataError where a manifest does not give num_frames, fps, height and width and no header was read.
         """
-        told = self.index.numbers()
-        self._refuse_unknown(told)
-        result = np.empty((len(self), 3), dtype=np.int64)
-        result[:, 0] = self.max_num_frames
-        result[:, 1:] = self.video_size
-        if self.short_clips == "keep":
-            result[:, 0] = _once_each(told[:, [0, 1, 4]], lambda n, fps, still: len(self._range(n, fps, bool(still))))
-        if self.size_mode != "crop":
-            result[:, 1:] = _once_each(told[:, [2, 3]], lambda rows, columns: self._size_of(int(rows), int(columns)))
-        result[:, 0] = (result[:, 0] - 1) // TIME_FACTOR + 1
-        result[:, 1:] //= SPACE_FACTOR
-        return result
+        self._refuse_unknown()
+        sizes = np.array([self._latent_size(*told) for told in self.index.sizes.tolist()], dtype=np.int64)
+        return sizes.reshape(-1, 3)[self.index.which_size]
 
-    def _refuse_unknown(self, told: np.ndarray) -> None:
+    def _latent_size(self, num_frames: float, fps: float, rows: float, columns: float, is_image: float) -> list[int]:
+        """Latent frames, rows and columns of what is read of a clip of this size."""
+        frames = self.max_num_frames
+        if self.short_clips == "keep":
+            frames = len(self._range(num_frames, fps, bool(is_image)))
+        height, width = self._size_of(int(rows), int(columns))
+        return [(frames - 1) // TIME_FACTOR + 1, height // SPACE_FACTOR, width // SPACE_FACTOR]
+
+    def _refuse_unknown(self) -> None:
         """Raise DataError for the first clip whose size is needed and not known."""
         needed = ["num_frames", "fps"] if self.short_clips == "keep" else []
         needed += ["height", "width"] if self.size_mode != "crop" else []
-        unknown = told[:, [SIZE_KEYS.index(key) for key in needed]] == 0
+        unknown = self.index.sizes[:, [SIZE_KEYS.index(key) for key in needed]] == 0
         if unknown.any():
-            number = int(unknown.any(axis=1).argmax())
-            lacking = [key for key, one in zip(needed, unknown[number]) if one]
+            number = int(unknown.any(axis=1)[self.index.which_size].argmax())
+            lacking = [key for key, one in zip(needed, unknown[self.index.which_size[number]]) if one]
             raise DataError(
                 f"{self.index.source}: {self.index[number].key} has no {', '.join(lacking)}, by which rows are "
                 "planned; write them into the manifest or the shard's JSON, or set data.params.read_headers: true"
@@ -224,16 +223,6 @@ class SFTDataset(Dataset):
         if self.short_clips == "keep" and len(indices) < self.max_num_frames:
             indices = indices[: largest_4k_plus_1(len(indices))]
         return indices
-
-
-def _once_each(columns: np.ndarray, action: Callable[..., Any]) -> np.ndarray:
-    """The results of an action for every row of numbers (m, k); it is called once for rows that are equal."""
-    codes = np.zeros(len(columns), dtype=np.int64)
-    for column in columns.T:
-        values, places = np.unique(column, return_inverse=True)
-        _, codes = np.unique(codes * len(values) + places, return_inverse=True)
-    _, first, places = np.unique(codes, return_index=True, return_inverse=True)
-    return np.array([action(*row) for row in columns[first].tolist()], dtype=np.int64)[places]
 
 
 class LatentShards(Dataset):

@@ -39,17 +39,21 @@ SIZE_KEYS = ("num_frames", "fps", "height", "width")
 
 Found = tuple[bytes, dict[str, Any]]
 """A row as it is kept, and what it says."""
+Size = tuple[float, ...]
+"""SIZE_KEYS, 0 for those that a row does not say, and whether it is an image."""
+Kept = tuple[bytes, Clip]
+"""A row as it is kept, and its clip."""
 
 
 class PackedRows:
     """Many short byte strings as one: a million rows cost their bytes, and workers that fork share them untouched."""
 
     def __init__(self, rows: Iterable[bytes]) -> None:
-        content, bounds = bytearray(), array("q", [0])
+        self._bytes, bounds = bytearray(), array("q", [0])
         for row in rows:
-            content += row
-            bounds.append(len(content))
-        self._bytes, self._bounds = bytes(content), np.frombuffer(bounds, dtype=np.int64)
+            self._bytes += row
+            bounds.append(len(self._bytes))
+        self._bounds = np.frombuffer(bounds, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -57,7 +61,7 @@ class PackedRows:
     def __getitem__(self, index: int) -> bytes:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self._bytes[self._bounds[index] : self._bounds[index + 1]]
+        return bytes(self._bytes[self._bounds[index] : self._bounds[index + 1]])
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class Dropped:
     detail: str
 
 
+def make_clip(folder: Path, row: dict[str, Any], caption_key: str) -> Clip:
+    """The clip of a row, in a file or in a shard."""
+    return (ShardClip if "shard" in row else Clip)(folder, row, caption_key)
+
+
 @dataclass(frozen=True)
 class ClipIndex:
     """The clips of one data set, in an order that is the same on every machine. `index[i]` is a Clip."""
@@ -80,6 +89,10 @@ class ClipIndex:
     """What the paths of the rows are relative to."""
     rows: PackedRows
     """One JSON object for each clip."""
+    sizes: np.ndarray
+    """What rows say of sizes, each once: float64 (sizes, 5) SIZE_KEYS, 0 where one does not say, and 1 for an image."""
+    which_size: np.ndarray
+    """Of each clip, its row of `sizes`."""
     dropped: tuple[Dropped, ...] = ()
     caption_key: str = "caption"
 
@@ -87,19 +100,7 @@ class ClipIndex:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Clip:
-        return self._clip(json.loads(self.rows[index]))
-
-    def _clip(self, row: dict[str, Any]) -> Clip:
-        return (ShardClip if "shard" in row else Clip)(self.folder, row, self.caption_key)
-
-    def numbers(self) -> np.ndarray:
-        """What rows say of clips: float64 (clips, 5) SIZE_KEYS, 0 where one does not say, and 1 for an image."""
-        told = array("d")
-        for number in range(len(self)):
-            clip = self[number]
-            told.extend([clip.row.get(key) or 0 for key in SIZE_KEYS])
-            told.append(clip.is_image)
-        return np.frombuffer(told).reshape(-1, 5)
+        return make_clip(self.folder, json.loads(self.rows[index]), self.caption_key)
 
     def summary(self) -> str:
         """A small table: clips kept, and clips dropped by reason with an example each."""
@@ -147,23 +148,33 @@ def scan(
         folder, found, looked_for = _file_rows(source, root, caption_key, require_caption)
     dropped: list[Dropped] = []
     rows = _sort_out(found, strict, dropped)
-    examine = _Examination(
-        ClipIndex(source, folder, PackedRows(()), (), caption_key), require_caption, read_headers, check
-    )
+    examine = _Examination(folder, caption_key, require_caption, read_headers, check)
+    sizes: dict[Size, int] = {}
+    which_size = array("L")
     if read_headers:
         packed = PackedRows(line for line, _ in rows)
         with ThreadPoolExecutor(num_workers) as pool:
             kept = PackedRows(
                 _kept(
                     pool.map(lambda number: examine(packed[number], json.loads(packed[number])), range(len(packed))),
+                    sizes,
+                    which_size,
                     dropped,
                 )
             )
     else:
-        kept = PackedRows(_kept((examine(line, row) for line, row in rows), dropped))
+        kept = PackedRows(_kept((examine(line, row) for line, row in rows), sizes, which_size, dropped))
     if not len(kept) and not dropped:
         raise DataError(f"no clips in {source}: looked for {looked_for}")
-    index = ClipIndex(source, folder, kept, tuple(dropped), caption_key)
+    index = ClipIndex(
+        source,
+        folder,
+        kept,
+        np.array(list(sizes), dtype=np.float64).reshape(-1, len(SIZE_KEYS) + 1),
+        np.asarray(which_size).astype(np.min_scalar_type(len(sizes))),
+        tuple(dropped),
+        caption_key,
+    )
     if not len(kept) and strict:
         lacks_captions = any(clip.reason == NO_CAPTION for clip in index.dropped)
         advice = f"\n  captions: {CAPTION_ADVICE}" if lacks_captions else ""
@@ -212,26 +223,33 @@ def _sort_out(found: Iterable[Found | Dropped], strict: bool, dropped: list[Drop
             dropped.append(row)
 
 
-def _kept(results: Iterable[bytes | Dropped], dropped: list[Dropped]) -> Iterator[bytes]:
-    """The rows among the results, the others put to `dropped`."""
+def _kept(
+    results: Iterable[Kept | Dropped], sizes: dict[Size, int], which_size: "array[int]", dropped: list[Dropped]
+) -> Iterator[bytes]:
+    """The rows among the results, what they say of sizes put to `sizes`, and the others to `dropped`."""
     for result in results:
         if isinstance(result, Dropped):
             dropped.append(result)
         else:
-            yield result
+            line, clip = result
+            said = clip.row.get
+            size = (*(said(key) or 0 for key in SIZE_KEYS), clip.is_image)
+            which_size.append(sizes.setdefault(size, len(sizes)))
+            yield line
 
 
 @dataclass(frozen=True)
 class _Examination:
     """Decides on a row: it, with the header if that was read, or why its clip is dropped."""
 
-    index: ClipIndex
+    folder: Path
+    caption_key: str
     require_caption: bool
     read_headers: bool
     check: Check | None
 
-    def __call__(self, line: bytes, row: dict[str, Any]) -> bytes | Dropped:
-        clip = self.index._clip(row)
+    def __call__(self, line: bytes, row: dict[str, Any]) -> Kept | Dropped:
+        clip = make_clip(self.folder, row, self.caption_key)
         num_frames, fps = clip.num_frames, clip.row.get("fps")
         try:
             knows_caption = self.read_headers or clip.caption_path is None
@@ -240,12 +258,13 @@ class _Examination:
             if self.read_headers:
                 info = clip.header()
                 num_frames, fps = info.num_frames, info.fps
-                line = _encode({**row, **{key: getattr(info, key) for key in HEADER_KEYS}})
+                row = {**row, **{key: getattr(info, key) for key in HEADER_KEYS}}
+                line, clip = _encode(row), make_clip(self.folder, row, self.caption_key)
             if self.check and num_frames and fps:
                 self.check(clip, num_frames, fps)
         except BadClip as bad:
             return Dropped(clip.key, bad.reason, str(bad))
-        return line
+        return line, clip
 
 
 def _why_no_caption(clip: Clip) -> str:
@@ -321,7 +340,7 @@ def _manifest_rows(path: Path, folder: Path, caption_key: str, require_caption: 
 def _checked(line: bytes, folder: Path, needed: Sequence[str], caption_key: str) -> Found:
     """A line that can be used and its row, the path one below the folder. Raises ValueError with what is wrong."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())  # of bytes, json would first guess the encoding, as long again
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(row, dict):

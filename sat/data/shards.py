@@ -124,7 +124,8 @@ class ShardClip(Clip):
 
     @property
     def is_image(self) -> bool:
-        return f".{self.member}" in IMAGE_SUFFIXES
+        found = [name for name in PICTURES if name in self.row["members"]]  # none where it is latents
+        return bool(found) and f".{found[0]}" in IMAGE_SUFFIXES
 
     @property
     def caption_path(self) -> None:

@@ -22,7 +22,7 @@ from sat.mpu.rollcall import name_ranks, report_failure
 log = logging.getLogger(__name__)
 
 KEPT = 4
-REPORT_SECONDS = 3.0
+REPORT_SECONDS = 5.0
 """How long a rank that has failed waits for the others to say so, too."""
 
 

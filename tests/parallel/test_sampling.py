@@ -118,7 +118,7 @@ VIDEOS = {
 
 
 @pytest.mark.parametrize("run_dir", ["image"], indirect=True)
-@pytest.mark.parametrize("name", VIDEOS)
+@pytest.mark.parametrize("name", rest_is_slow(VIDEOS, ("Ulysses2", "Ring2 x guidance")))
 def test_the_videos_are_those_of_one_process(run_dir: Path, tmp_path: Path, name: str) -> None:
     """Six latents in three chunks; tiles as well, since none of them may leave the processes out of step."""
     world, words = VIDEOS[name]

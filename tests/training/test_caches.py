@@ -79,7 +79,7 @@ VALID = ("args.eval_interval=3", "args.eval_timesteps=[500]")
         ("all", (*VALID,), 1),
         pytest.param(*("text", (ONE, EMPTY_PROMPT), 1), marks=pytest.mark.slow),
         pytest.param(*("latents", (), 2), marks=pytest.mark.slow),
-        ("all", (ONE, EMPTY_PROMPT), 2),
+        pytest.param(*("all", (ONE, EMPTY_PROMPT), 2), marks=pytest.mark.slow),
         pytest.param(*("all", (ONE, *IMAGE_TO_VIDEO), 1), marks=pytest.mark.slow),
         ("all", (ONE, *PACK), 1),
         pytest.param(*("all", (ONE, *CUT), 1), marks=pytest.mark.slow),

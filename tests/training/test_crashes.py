@@ -76,7 +76,7 @@ def in_two(work: Callable[[int], None]) -> None:
 # --- a share of the matrix -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "rank", "every"), [(1, 0, 11), (2, 0, 23), (2, 1, 5)])
+@pytest.mark.parametrize(("world", "rank", "every"), [(1, 0, 17), (2, 1, 5)])
 def test_some_points(folder: Path, references: Callable[[int], Reference], world: int, rank: int, every: int) -> None:
     reference = references(world)
     chain = Chain(folder / f"some-{world}-{rank}", world, reference)

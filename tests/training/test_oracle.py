@@ -84,12 +84,12 @@ def as_after_a_kill(whole: Path, folder: Path, step: int = BEFORE) -> Path:
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "stage 0": (1, stage(0)),
     "stage 2 on 2": (2, stage(2)),
-    "bf16, tp 2": (2, (*stage(1), *TP, *BF16)),
-    "stage 3, cp 2": (2, (*stage(3), *CP)),
     "bf16, LoRA with dropout": (1, (*stage(2), *LORA, *BF16)),
 }
 MORE_CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "stage 1": (1, stage(1)),
+    "bf16, tp 2": (2, (*stage(1), *TP, *BF16)),
+    "stage 3, cp 2": (2, (*stage(3), *CP)),
     "stage 0 on 2": (2, stage(0)),
     "bf16, stage 2 on 2": (2, (*stage(2), *BF16)),
     "bf16, stage 3 on 2": (2, (*stage(3), *BF16)),

@@ -123,8 +123,8 @@ SLOW = pytest.mark.slow
     ("launcher", "number", "to_group", "num_workers"),
     [
         ("python", signal.SIGTERM, True, 2),  # job schedulers reach the data workers too
-        ("torchrun", signal.SIGINT, True, 0),
         ("torchrun-stopping", signal.SIGUSR1, False, 0),
+        pytest.param("torchrun", signal.SIGINT, True, 0, marks=SLOW),
         pytest.param("torchrun", signal.SIGKILL, False, 0, marks=SLOW),  # it cannot tell its processes; they notice
         pytest.param("torchrun", signal.SIGUSR1, False, 2, marks=SLOW),  # without the flags it dies of it
         pytest.param("python", signal.SIGINT, True, 2, marks=SLOW),

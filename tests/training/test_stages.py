@@ -173,7 +173,7 @@ def test_a_finished_run_stays_finished(reference: Path, tmp_path: Path) -> None:
     assert losses(run) == losses(reference)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_processes_and_a_layout_that_changes_with_the_stage(reference: Path, tmp_path: Path, stage: int) -> None:
     words = ("stages.1.args.context_parallel_size=2", f"deepspeed.zero_optimization.stage={stage}")
     run = train(tmp_path, *words, "deepspeed.train_micro_batch_size_per_gpu=1", world=2)
