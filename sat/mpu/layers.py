@@ -51,10 +51,40 @@ class _Sharded(nn.Module):
         self.world_size = 1 if self.group is None else self.group.size()
         self.rank = 0 if self.group is None else self.group.rank()
 
-    def _own_part(self, whole: Tensor) -> nn.Parameter:
-        parameter = nn.Parameter(self.rule.cut(whole, self.rank, self.world_size).contiguous())
+    def _own_part(self, shape: Sequence[int], fill: Callable[[Tensor], object] | None, **factory: Any) -> nn.Parameter:
+        """This rank's part of a parameter of that shape, of which `fill` makes the whole.
+
+        The part takes its memory before the whole does: what is freed then lies last, and is used again by the next
+        parameter, where a part behind it would leave a gap.
+        """
+        own_shape = list(shape)
+        own_shape[self.rule.dim] = self.rule.size(self.rank, self.world_size)
+        own = torch.empty(own_shape, **factory)
+        if fill is not None and self.world_size == 1:
+            fill(own)
+        elif fill is not None:
+            whole = torch.empty(list(shape), **factory)
+            fill(whole)
+            own.copy_(self.rule.cut(whole, self.rank, self.world_size))
+        parameter = nn.Parameter(own)
         mark_sharded(parameter, self.rule)
         return parameter
+
+    def _own_weight(
+        self,
+        shape: Sequence[int],
+        init: InitMethod | None,
+        skip: bool,
+        module: nn.Module,
+        name: str | None,
+        **factory: Any,
+    ) -> nn.Parameter:
+        """The part of a weight, drawn as a whole, so that it is the same at any group size; undefined where skipped."""
+
+        def fill(weight: Tensor) -> object:
+            return (init or unscaled_init_method(0.02))(weight, module=module, name=name)
+
+        return self._own_part(shape, None if skip else fill, **factory)
 
     @property
     def own_sizes(self) -> list[int]:
@@ -103,14 +133,11 @@ class ColumnParallelLinear(_Sharded):
         self.sequence_parallel = sequence_parallel and self.group is not None
         self.rule = make_rule(0, output_size, stride, unit, fine_units)
         factory: dict[str, Any] = {"device": device, "dtype": params_dtype}
-        weight = torch.empty(output_size, input_size, **factory)
-        whole_bias = torch.zeros(output_size, **factory) if bias else None
-        if not skip_init:
-            (init_method or unscaled_init_method(0.02))(weight, module=module or self, name=name)
-            if whole_bias is not None:
-                bias_init_method(whole_bias)
-        self.weight = self._own_part(weight)
-        self.bias = None if whole_bias is None else self._own_part(whole_bias)
+        shape = (output_size, input_size)
+        self.weight = self._own_weight(shape, init_method, skip_init, module or self, name, **factory)
+        self.bias = None
+        if bias:
+            self.bias = self._own_part((output_size,), nn.init.zeros_ if skip_init else bias_init_method, **factory)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.finish(F.linear(self.enter(hidden), self.weight, self.bias))
@@ -163,10 +190,8 @@ class RowParallelLinear(_Sharded):
         self.sequence_parallel = sequence_parallel and self.group is not None
         self.rule = make_rule(1, input_size, unit=unit, fine_units=fine_units)
         factory: dict[str, Any] = {"device": device, "dtype": params_dtype}
-        weight = torch.empty(output_size, input_size, **factory)
-        if not skip_init:
-            (init_method or unscaled_init_method(0.02))(weight, module=module or self, name=name)
-        self.weight = self._own_part(weight)
+        shape = (output_size, input_size)
+        self.weight = self._own_weight(shape, init_method, skip_init, module or self, name, **factory)
         self.bias = nn.Parameter(torch.zeros(output_size, **factory)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -214,10 +239,9 @@ class VocabParallelEmbedding(_Sharded):
         self.rule = make_rule(0, num_embeddings)
         self.num_embeddings_per_partition = self.rank_sizes[self.rank]
         self.vocab_start_index = sum(self.rank_sizes[: self.rank])
-        whole = torch.empty(num_embeddings, embedding_dim, device=device, dtype=params_dtype)
-        if not skip_init:
-            (init_method or unscaled_init_method(0.02))(whole, module=self, name="word_embeddings")
-        self.weight = self._own_part(whole)
+        shape = (num_embeddings, embedding_dim)
+        factory: dict[str, Any] = {"device": device, "dtype": params_dtype}
+        self.weight = self._own_weight(shape, init_method, skip_init, self, "word_embeddings", **factory)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.group is None:
