@@ -4,6 +4,8 @@ A layer holds its own slice, cut from the whole initial weight, so that the weig
 size. `rule` says how the whole weight splits; saving, loading and resharding read it.
 """
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +42,14 @@ def scaled_init_method(std: float, num_layers: int) -> InitMethod:
     return unscaled_init_method(std / (2.0 * num_layers) ** 0.5)
 
 
+def _pages_of(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised tensor of that shape; on a CPU in pages of its own, which go back to the system with it."""
+    if like.device.type != "cpu":
+        return like.new_empty(list(shape))
+    pages = mmap.mmap(-1, max(math.prod(shape) * like.element_size(), 1))
+    return torch.frombuffer(pages, dtype=like.dtype, count=math.prod(shape)).view(*shape)
+
+
 class _Sharded(nn.Module):
     """What the sharded layers share: a group, a rule, and making a slice of a whole parameter."""
 
@@ -54,8 +64,7 @@ class _Sharded(nn.Module):
     def _own_part(self, shape: Sequence[int], fill: Callable[[Tensor], object] | None, **factory: Any) -> nn.Parameter:
         """This rank's part of a parameter of that shape, of which `fill` makes the whole.
 
-        The part takes its memory before the whole does: what is freed then lies last, and is used again by the next
-        parameter, where a part behind it would leave a gap.
+        The whole does not come from the heap, in which it would leave gaps between the parts of all parameters.
         """
         own_shape = list(shape)
         own_shape[self.rule.dim] = self.rule.size(self.rank, self.world_size)
@@ -63,9 +72,9 @@ class _Sharded(nn.Module):
         if fill is not None and self.world_size == 1:
             fill(own)
         elif fill is not None:
-            whole = torch.empty(list(shape), **factory)
+            whole = _pages_of(shape, own)
             fill(whole)
-            own.copy_(self.rule.cut(whole, self.rank, self.world_size))
+            self.rule.cut(whole, self.rank, self.world_size, out=own)
         parameter = nn.Parameter(own)
         mark_sharded(parameter, self.rule)
         return parameter

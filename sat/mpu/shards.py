@@ -55,13 +55,15 @@ class ShardRule:
         """Length of a rank's part along `dim`."""
         return sum(parts[rank] for parts in self.sizes(world_size))
 
-    def cut(self, whole: Tensor, rank: int, world_size: int) -> Tensor:
-        """A rank's part of the whole: its parts of all chunks, side by side."""
-        if world_size == 1:
+    def cut(self, whole: Tensor, rank: int, world_size: int, out: Tensor | None = None) -> Tensor:
+        """A rank's part of the whole: its parts of all chunks, side by side; written to `out` where that is given."""
+        if world_size == 1 and out is None:
             return whole
         chunks = whole.split(list(self.chunks), self.dim)
         return torch.cat(
-            [chunk.split(parts, self.dim)[rank] for chunk, parts in zip(chunks, self.sizes(world_size))], self.dim
+            [chunk.split(parts, self.dim)[rank] for chunk, parts in zip(chunks, self.sizes(world_size))],
+            self.dim,
+            out=out,
         )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:

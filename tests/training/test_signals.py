@@ -189,6 +189,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     words = (*WORDS, "args.save_interval=2", stuck, f"args.save={tmp_path}")
     with start("python", "train_video.py", tmp_path, *words) as launched:
         launched.wait_until(lambda: has_trained(tmp_path))
+        launched.wait_until(lambda: (only_run(tmp_path) / "latest").is_file())  # a thread writes step 2
         launched.process.terminate()
         launched.wait_until(lambda: "SIGTERM: stopping after this step" in launched.output)
         time.sleep(StopRequest.ECHO_SECONDS + 0.2)
