@@ -7,7 +7,7 @@ if [ $# -eq 0 ]; then
   ruff check .
   ruff format --check .
   mypy sat
-  # Most tests wait for processes that they start, so three at a time fill two cores. A file's tests share what it set up.
-  set -- --numprocesses 3 --dist loadfile
+  # Most tests wait for processes that they start, so two at a time fill two cores. A file's tests share what it set up.
+  set -- --numprocesses 2 --dist loadfile
 fi
 exec python -m pytest "$@"
