@@ -27,29 +27,26 @@ class ShardRule:
     """A parameter is made of `chunks` along `dim`; each chunk is dealt to the ranks in runs of its unit.
 
     Fused q, k, v: three chunks, dealt in heads. `units` has one number for each chunk; `fine_units` are those for more
-    ranks than a chunk has runs, where it can be torn further.
+    ranks than a chunk has runs, the same where it cannot be torn further.
     """
 
     dim: int
     chunks: tuple[int, ...]
     units: tuple[int, ...]
-    fine_units: tuple[int, ...] | None = None
+    fine_units: tuple[int, ...]
 
     def sizes(self, world_size: int) -> list[list[int]]:
         """For each chunk, the length of every rank's part."""
         found = []
-        for chunk, unit, fine in zip(self.chunks, self.units, self.fine_units or self.units):
+        for chunk, unit, fine in zip(self.chunks, self.units, self.fine_units):
             run = unit if chunk // unit >= world_size else fine
             found.append([count * run for count in split_evenly(chunk // run, world_size)])
         return found
 
     def of_chunks(self) -> "list[ShardRule]":
         """The rule of each chunk by itself."""
-        fine_units = self.fine_units or self.units
-        return [
-            ShardRule(self.dim, (chunk,), (unit,), (fine,) if self.fine_units else None)
-            for chunk, unit, fine in zip(self.chunks, self.units, fine_units)
-        ]
+        parts = zip(self.chunks, self.units, self.fine_units)
+        return [ShardRule(self.dim, (chunk,), (unit,), (fine,)) for chunk, unit, fine in parts]
 
     def size(self, rank: int, world_size: int) -> int:
         """Length of a rank's part along `dim`."""
@@ -96,7 +93,7 @@ def make_rule(
     chunks = [size * ratio for ratio in ratios]
     for chunk, own in zip(chunks, units):
         divide(chunk, own, "a block of outputs")
-    return ShardRule(dim, tuple(chunks), tuple(units), None if fine_units is None else tuple(fine_units))
+    return ShardRule(dim, tuple(chunks), tuple(units), tuple(fine_units or units))
 
 
 def mark_sharded(parameter: nn.Parameter, rule: ShardRule) -> None:
