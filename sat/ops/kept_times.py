@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from sat.weights.headers import read_json
+
 log = logging.getLogger(__name__)
 
 
 def recall_times(file: Path, key: str) -> dict[str, float] | None:
     """Seconds of each kernel, None where the file has none or cannot be read."""
-    times = _read(file).get(key)
+    times = read_json(file).get(key)
     if not isinstance(times, dict) or not times:
         return None
     is_sound = all(isinstance(seconds, float) and seconds > 0 for seconds in times.values())
@@ -23,15 +25,7 @@ def keep_times(file: Path, key: str, times: Mapping[str, float]) -> None:
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**_read(file), key: times}, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps({**read_json(file), key: times}, indent=1), encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
         log.warning("the times of kernels cannot be kept in %s (%s); they are taken at each start", file, error)
-
-
-def _read(file: Path) -> dict[str, object]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
