@@ -46,7 +46,7 @@ class LayerReuseMixin(BaseMixin):
         self._rest: Tensor | None = None
         # It looks at numbers: where layers are compiled, the first one is not a single graph. Not a decorator of the
         # class, which would import torch's compiler, seconds of work, into every process.
-        self._begin_pass = torch.compiler.disable(self._begin_pass)  # type: ignore[method-assign]
+        self._begin = torch.compiler.disable(self._begin_pass)
 
     def forget(self) -> None:
         """The next pass is whole."""
@@ -67,7 +67,7 @@ class LayerReuseMixin(BaseMixin):
         is_last = layer_id == self.transformer.num_layers - 1
         if layer_id == 0:
             after = old_impl(hidden_states, mask)
-            self._begin_pass(after - hidden_states, after, sequence)
+            self._begin(after - hidden_states, after, sequence)
             return after
         if self.is_reusing:
             return hidden_states + cast(Tensor, self._rest) if is_last else hidden_states
