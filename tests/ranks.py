@@ -16,8 +16,9 @@ from typing import Any
 from sat.helpers import get_free_port
 
 PRELOAD = [
-    *("torch", "torch.distributed", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "sat.training.loop"),
-    *("pytest", "hypothesis.strategies", "tools.make_tiny_t5"),
+    *("torch", "torch.distributed", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("deepspeed.module_inject.auto_ep_layer", "sat.training.loop", "sat.cogvideox.transformer", "sat.data.synthetic"),
+    *("pytest", "hypothesis.strategies", "tools.make_tiny_t5", "torch.utils.tensorboard"),
 ]
 """What ranks import, directly or with the file of the test: seconds of work, which the fork server does once."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
