@@ -163,7 +163,8 @@ class Demo:
             if is_made_of(folder, made_of, SAMPLES_PER_CAPTION * len(captions)):
                 continue
             prompts.write_text("\n".join(captions * SAMPLES_PER_CAPTION) + "\n", encoding="utf-8")
-            python(
+            launch(
+                self.num_processes,
                 "sample_video.py",
                 "--load",
                 model,
@@ -247,10 +248,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything (default runs/demo)")
     parser.add_argument("--clips", type=int, default=3000, help="drawn for training (default 3000)")
-    parser.add_argument("--vae-image-steps", type=int, default=1000, help="on single frames (default 1000)")
-    parser.add_argument("--vae-clip-steps", type=int, default=350, help="on clips (default 350)")
-    parser.add_argument("--steps", type=int, default=1000, help="of the transformer (default 1000)")
-    parser.add_argument("--processes", type=int, default=2 if (os.cpu_count() or 1) > 1 else 1, help="for training")
+    parser.add_argument("--vae-image-steps", type=int, default=500, help="on single frames (default 500)")
+    parser.add_argument("--vae-clip-steps", type=int, default=200, help="on clips (default 200)")
+    parser.add_argument("--steps", type=int, default=800, help="of the transformer (default 800)")
+    parser.add_argument("--processes", type=int, default=2 if (os.cpu_count() or 1) > 1 else 1, help="that work at once")
     options = parser.parse_args()
     started = time.perf_counter()
     steps = {"vae-images": options.vae_image_steps, "vae-clips": options.vae_clip_steps, "transformer": options.steps}

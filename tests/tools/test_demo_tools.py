@@ -138,7 +138,7 @@ def make_demo(folder, monkeypatch):
     (folder / "run" / "10" / "manifest.json").write_text("first")
     commands = []
 
-    def python(script, *words):
+    def run_script(script, *words):
         commands.append(script)
         named = [str(word).removeprefix("args.output_dir=") for word in words if "output_dir=" in str(word)]
         target = Path(named[0] if named else words[words.index("--out") + 1])
@@ -146,7 +146,8 @@ def make_demo(folder, monkeypatch):
         for number in range(demo.SAMPLES_PER_CAPTION if named else demo.VALIDATION_CLIPS):
             (target / f"{len(commands)}-{number}.mp4").touch()  # another seed: other names
 
-    monkeypatch.setattr(demo, "python", python)
+    monkeypatch.setattr(demo, "python", run_script)
+    monkeypatch.setattr(demo, "launch", lambda num_processes, *words: run_script(*words))
     return demo.Demo(folder, {}, 1, 1), commands
 
 
