@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--vae-image-steps", type=int, default=500, help="on single frames (default 500)")
     parser.add_argument("--vae-clip-steps", type=int, default=200, help="on clips (default 200)")
     parser.add_argument("--steps", type=int, default=800, help="of the transformer (default 800)")
-    parser.add_argument("--processes", type=int, default=2 if (os.cpu_count() or 1) > 1 else 1, help="that work at once")
+    parser.add_argument("--processes", type=int, default=2 if (os.cpu_count() or 1) > 1 else 1, help="at once")
     options = parser.parse_args()
     started = time.perf_counter()
     steps = {"vae-images": options.vae_image_steps, "vae-clips": options.vae_clip_steps, "transformer": options.steps}

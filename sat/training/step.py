@@ -37,7 +37,7 @@ def _import_deepspeed(device_type: str) -> Any:
         raise ImportError("training needs DeepSpeed: pip install deepspeed") from error
     deepspeed.utils.logger.setLevel(os.environ.get("SAT_DEEPSPEED_LOGLEVEL", "ERROR"))
     # A shared-memory collective for inference: building it takes a compiler and a minute, and training never calls it.
-    # DeepSpeed looks up nothing else in this table, which it would fill by running the compiler for each of its operations.
+    # DeepSpeed looks up nothing else in this table, which it would fill by trying the compiler on all its operations.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", auto_mpi_discovery=False)
     return deepspeed
