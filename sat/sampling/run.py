@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -45,7 +46,6 @@ from sat.training.fit import check_model
 from sat.training.layout import build_parallel_state
 from sat.training.resume import open_weights
 from sat.training.systems import attention_work
-from sat.weights.finding import reading
 from sat.weights.lora import attach_loras
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,6 @@ class SamplingRun:
         self.precision = sampling_precision(config, args)
         if args.load is None:
             raise ConfigError("args.load is not set; give a file, an iteration folder or a run directory")
-        self.checkpoint = open_weights(args.load, args.weights)
         guidance, timeout = 1 + args.guidance_parallel, timedelta(minutes=wait_minutes(args))
         self.parallel = build_parallel_state(config, args, launch.device.type, guidance, timeout)
         set_parallel_state(self.parallel)
@@ -129,7 +128,8 @@ class SamplingRun:
         warning = size_warning(config, self.sizes)
         if warning is not None:
             log.warning("%s", warning)
-        with reading(self.checkpoint.path):
+        with ExitStack() as leases:
+            self.checkpoint = open_weights(args.load, args.weights, leases)
             self.engine = self._build(config)
         self.latent_shape = self._latent_shape(self.sizes)
         log.info("%s, seed %d, %s on %s", self._sampler_in_words(), seed, self.precision, launch.device.type)

@@ -23,6 +23,7 @@ from sat.weights.finding import (
     find_checkpoint,
     is_iteration_folder,
     iterations_to_try,
+    reading,
 )
 from sat.weights.run_file import RUN_FILE, RunRecord, read_run
 from sat.weights.whole import AVERAGES, LATEST, TRAINING_STATE, damage_of, is_iteration, problem_of, read_manifest
@@ -203,8 +204,12 @@ def damage_together(folder: Path, names: Sequence[str] | None = None) -> str | N
         own = str(error)
     chosen = sorted(files if names is None else set(names) & set(files), key=lambda name: -files[name]["bytes"])
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    own = own or damage_of(folder, chosen[rank::world_size])
-    found: list[str | None] = [None] * world_size
+    return _first_told(own or damage_of(folder, chosen[rank::world_size]))
+
+
+def _first_told(own: str | None) -> str | None:
+    """The first of all ranks' problems, in their order."""
+    found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return next((problem for problem in found if problem is not None), None)
 
@@ -222,22 +227,36 @@ def _state_problem_together(folder: Path) -> str | None:
     return "it holds weights only" if problem is None and not _has_state(folder) else problem
 
 
-def open_weights(path: str | Path, wanted: str) -> CheckpointPath:
+def _hold_together(folder: Path, leases: ExitStack) -> str | None:
+    """Be `reading` a folder on all ranks until `leases` closes; returns why one cannot, if so."""
+    own: str | None = None
+    try:
+        leases.enter_context(reading(folder))
+    except CheckpointError:
+        own = "it is being deleted"
+    return _first_told(own)
+
+
+def open_weights(path: str | Path, wanted: str, leases: ExitStack) -> CheckpointPath:
     """The weights that a file, an iteration folder or a run directory names, found whole; every rank must call it.
 
-    wanted: see `choose_weights`. Where there is a manifest the content is compared with it.
+    wanted: see `choose_weights`. Where there is a manifest the content is compared with it. What was found is held
+    against deletion until `leases` closes.
     """
     path = Path(path)
 
     def problem(folder: Path) -> str | None:
         names = [entry.name for entry in folder.glob("mp_rank_*_model_states.pt")] if folder.is_dir() else []
-        return _problem_together(folder, names)
+        return _hold_together(folder, leases) or _problem_together(folder, names)
+
+    def file_problem() -> str | None:
+        return _hold_together(path.parent, leases) or damage_together(path.parent, [path.name])
 
     if path.is_dir() and not is_iteration_folder(path):
         found = choose_iteration(path, problem)
     else:
         found = find_checkpoint(path)
-        damage = damage_together(path.parent, [path.name]) if found.is_file else problem(path)
+        damage = file_problem() if found.is_file else problem(path)
         if damage is not None:
             raise CheckpointError(f"{path} is not whole: {damage}; give another iteration, or the run directory")
     chosen = choose_weights(found, wanted)

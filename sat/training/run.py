@@ -49,7 +49,7 @@ from sat.training.saving import HostMemory, SaveOptions, Saver, Snapshot
 from sat.training.stages import Stage, plan_stages, stage_lines, stages_left
 from sat.training.step import Stepper, check_with_deepspeed
 from sat.training.systems import DiffusionSystem, attention_work, build_system, check_files
-from sat.weights.finding import CheckpointPath, find_checkpoint, reading
+from sat.weights.finding import CheckpointPath, find_checkpoint
 from sat.weights.whole import iteration_names, problem_of, read_latest
 
 log = logging.getLogger(__name__)
@@ -107,12 +107,10 @@ class Run:
         set_parallel_state(self.parallel)
         self.start_step = start.step
         self.is_new_stage = stage.begins_at(start.step)
-        checkpoint = start.checkpoint or self._weights_to_start_from()
+        leases = resources.enter_context(ExitStack())
+        checkpoint = start.checkpoint or self._weights_to_start_from(leases)
         former = self._former_network(checkpoint)
         self.table_changes: dict[str, TableChange] = {}
-        lease = resources.enter_context(ExitStack())
-        if checkpoint is not None:
-            lease.enter_context(reading(checkpoint.path))
         if start.state is not None and not self.is_new_stage and self.args.global_batch_size is None:
             self.args = replace(self.args, global_batch_size=start.state["global_batch_size"])
         dp_rank, dp_size = self.parallel.rank("dp"), self.parallel.size("dp")
@@ -131,7 +129,7 @@ class Run:
         self.system = build_system(config, self.args)
         if checkpoint is not None:
             self._load_weights(checkpoint, former)
-        lease.close()
+        leases.close()
         self.system.to(launch.device)
         self._use_caches()
         self.stepper = Stepper(self.system.trained, self.deepspeed, launch, self.parallel)
@@ -190,11 +188,11 @@ class Run:
 
     # --- building ----------------------------------------------------------------------------------------------------
 
-    def _weights_to_start_from(self) -> CheckpointPath | None:
-        """What a new run starts from; a run that goes on has its own."""
+    def _weights_to_start_from(self, leases: ExitStack) -> CheckpointPath | None:
+        """What a new run starts from; a run that goes on has its own, which nobody else deletes."""
         if self.args.load is None or self.args.mode == "pretrain":
             return None
-        return open_weights(self.args.load, self.args.weights)
+        return open_weights(self.args.load, self.args.weights, leases)
 
     def _former_network(self, checkpoint: CheckpointPath | None) -> ConfigNode | None:
         """The network_config that the weights were trained with, where that may be another than the stage's own."""

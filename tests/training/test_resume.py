@@ -7,15 +7,19 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sat.data.synthetic import SyntheticLatents
+from sat.errors import CheckpointError
 from sat.training.checkpoint import load_weights
+from sat.training.retention import unread
 from sat.weights.finding import model_file
 from sat.weights.whole import checksum, damage_of, problem_of
 from tests.ranks import run_ranks
@@ -277,7 +281,6 @@ def choose_averages(rank: int, run: Path) -> dict[str, list[str]]:
     """Each harm to the averaged weights in turn: what is said when weights are opened, and what is taken."""
     import logging
 
-    from sat.errors import CheckpointError
     from sat.training.resume import open_weights
 
     file, said = run / "8-ema" / model_file(0), {}
@@ -289,13 +292,47 @@ def choose_averages(rank: int, run: Path) -> dict[str, list[str]]:
         said[harm] = []
         break_it(file)
         try:
-            said[harm].append(str(open_weights(run, "auto").path))
+            with ExitStack() as leases:
+                said[harm].append(str(open_weights(run, "auto", leases).path))
         except CheckpointError as error:
             said[harm].append(str(error))
         if file.is_dir():
             file.rmdir()
         file.write_bytes(content)
     return said
+
+
+def lock_while_opened(rank: int, run: Path) -> tuple[list[bool], str]:
+    """Whether folders are free to be deleted as their content is compared, and what is said where one is not."""
+    from sat.training import resume
+
+    compared, are_free = resume.damage_of, []
+
+    def compare(folder: Path, names: Iterable[str]) -> str | None:
+        with unread(folder) as is_free:
+            are_free.append(is_free)
+        return compared(folder, names)
+
+    resume.damage_of = compare  # in a process of the test's own
+    for path in (run, run / "8", run / "8" / model_file(0)):
+        with ExitStack() as leases:
+            resume.open_weights(path, "auto", leases)
+            with unread(run / "8") as is_free:
+                are_free.append(is_free)
+    dist.barrier()
+    with unread(run / "8") if rank == 0 else nullcontext(True) as is_free, ExitStack() as leases:
+        assert is_free
+        dist.barrier()
+        with pytest.raises(CheckpointError) as error:
+            resume.open_weights(run / "8", "raw", leases)
+        dist.barrier()
+    return are_free, str(error.value)
+
+
+def test_weights_are_held_from_before_they_are_compared(whole: Path) -> None:
+    for are_free, said in run_ranks(lock_while_opened, 2, whole):
+        assert len(are_free) >= 6 and not any(are_free)
+        assert said == f"{whole / '8'} is not whole: it is being deleted; give another iteration, or the run directory"
 
 
 def test_broken_averages_are_told_and_never_taken(whole: Path, tmp_path: Path) -> None:
