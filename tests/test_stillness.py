@@ -11,7 +11,7 @@ from sat.data.video import read_frames
 from sat.sampling.cli import main as sample_video
 from sat.training.checkpoint import load_weights
 from tests.image_to_video import IMAGE_TO_VIDEO, clip_words, write_clips
-from tests.sampling.conftest import command, log_as_it_was, write_parts  # noqa: F401 (a fixture)
+from tests.sampling.conftest import log_as_it_was, train, write_parts  # noqa: F401 (a fixture)
 from tests.tiny import SMALLER, TINY, only_run
 
 LORA = (
@@ -35,9 +35,7 @@ class Bench:
         self.base = self.train("base", "args.train_iters=2")
 
     def train(self, name: str, *more: str) -> Path:
-        words = (*self.words, f"args.save={self.folder / name}", "args.eval_interval=null", *more)
-        done = command("train_video.py", *words)
-        assert done.returncode == 0, done.stderr
+        train(*self.words, f"args.save={self.folder / name}", "args.eval_interval=null", "args.num_workers=0", *more)
         return only_run(self.folder / name)
 
     def sample(self, name: str, *words: object) -> np.ndarray:

@@ -115,21 +115,21 @@ class SamplingRun:
         self.precision = sampling_precision(config, args)
         if args.load is None:
             raise ConfigError("args.load is not set; give a file, an iteration folder or a run directory")
-        guidance, timeout = 1 + args.guidance_parallel, timedelta(minutes=wait_minutes(args))
-        self.parallel = build_parallel_state(config, args, launch.device.type, guidance, timeout)
-        set_parallel_state(self.parallel)
-        self.decodes = self.parallel.rank("guidance") == 0 and self.parallel.rank("tp") == 0
-        self.writes = self.decodes and self.parallel.rank("cp") == 0
-        self.output_dir = _writable_folder(args.output_dir)
-        self.loras = [load_lora(path, args.weights) for path in args.lora or ()]
-        self.follows_image = follows_image(config, args)
-        self.patch_size = config["model"]["network_config"]["params"].get("patch_size", 1)
-        log.info("sampling %s, %g fps", self.sizes, self.fps)
-        warning = size_warning(config, self.sizes)
-        if warning is not None:
-            log.warning("%s", warning)
         with ExitStack() as leases:
             self.checkpoint = open_weights(args.load, args.weights, leases)
+            guidance, timeout = 1 + args.guidance_parallel, timedelta(minutes=wait_minutes(args))
+            self.parallel = build_parallel_state(config, args, launch.device.type, guidance, timeout)
+            set_parallel_state(self.parallel)
+            self.decodes = self.parallel.rank("guidance") == 0 and self.parallel.rank("tp") == 0
+            self.writes = self.decodes and self.parallel.rank("cp") == 0
+            self.output_dir = _writable_folder(args.output_dir)
+            self.loras = [load_lora(path, args.weights) for path in args.lora or ()]
+            self.follows_image = follows_image(config, args)
+            self.patch_size = config["model"]["network_config"]["params"].get("patch_size", 1)
+            log.info("sampling %s, %g fps", self.sizes, self.fps)
+            warning = size_warning(config, self.sizes)
+            if warning is not None:
+                log.warning("%s", warning)
             self.engine = self._build(config)
         self.latent_shape = self._latent_shape(self.sizes)
         log.info("%s, seed %d, %s on %s", self._sampler_in_words(), seed, self.precision, launch.device.type)

@@ -36,11 +36,29 @@ def _import_deepspeed(device_type: str) -> Any:
     except ImportError as error:
         raise ImportError("training needs DeepSpeed: pip install deepspeed") from error
     deepspeed.utils.logger.setLevel(os.environ.get("SAT_DEEPSPEED_LOGLEVEL", "ERROR"))
+    _import_muon()
     # A shared-memory collective for inference: building it takes a compiler and a minute, and training never calls it.
     # DeepSpeed looks up nothing else in this table, which it would fill by trying the compiler on all its operations.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", auto_mpi_discovery=False)
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which ZeRO looks up in every run, with its functions as they are: no run here uses them.
+
+    They ask torch for compilation as they are defined, and that alone imports its compiler: seconds of every start.
+    """
+    from deepspeed.runtime import compiler
+
+    decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    except ImportError:  # a release without it
+        pass
+    finally:
+        compiler.compile = decorator
 
 
 class DeepSpeedGroups:

@@ -35,6 +35,7 @@ def tables(tmp_path: Path, *words: str) -> dict:
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_the_tables(tmp_path: Path) -> None:
     found = tables(tmp_path, "--demo-steps", "0")
     assert [row["size"] for row in found["rates"]] == ["5x32x48", "9x32x32"]

@@ -12,6 +12,7 @@ from sat.errors import ConfigError
 from sat.model.activations import Activations
 from tests.cogvideox.test_packing import LORA, MIXED, Size, make_clips
 from tests.cogvideox.tiny import FORMS, build, make_inputs
+from tests.marks import rest_is_slow
 
 BATCH = [(4, 6, 8), (4, 6, 8)]
 MIXES: list[list[Size]] = [
@@ -61,7 +62,7 @@ def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", rest_is_slow(FORMS, ("5B", "1.5-5B-I2V")))
 def test_a_layer_of_every_form_is_one_graph(form: str) -> None:
     # Worst measured: 5e-15.
     assert compare(build(form, num_layers=1).double(), doubled(make_inputs(form))) < 1e-13
@@ -79,7 +80,7 @@ def test_a_layer_of_every_form_is_one_graph(form: str) -> None:
     ],
     ids=["lora", "swiglu", "rmsnorm", "sandwich", "recomputed"],
 )
-@pytest.mark.parametrize("is_packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("is_packed", rest_is_slow([False, True], [True]), ids=["batch", "packed"])
 def test_every_switch(options: dict[str, Any], is_packed: bool) -> None:
     network = build("5B", num_layers=1, **options).double()
     inputs = make_clips("5B", MIXED) if is_packed else doubled(make_inputs("5B"))
@@ -87,7 +88,7 @@ def test_every_switch(options: dict[str, Any], is_packed: bool) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("choice", ["keep_attention", "recompute_every_2", "offload"])
+@pytest.mark.parametrize("choice", rest_is_slow(["keep_attention", "recompute_every_2", "offload"], ["keep_attention"]))
 def test_every_choice_of_activations(choice: str) -> None:
     network = build("5B").double()
     network.transformer.activations = Activations.parse(choice)

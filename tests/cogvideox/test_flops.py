@@ -12,6 +12,7 @@ from sat.cogvideox.presets import PRESETS
 from sat.config import instantiate_from_config, load_config
 from sat.training.optim import freeze
 from tests.cogvideox.tiny import TEXT_LENGTH, build, make_inputs
+from tests.marks import rest_is_slow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LORA = {"target": "sat.model.finetune.lora2.LoraMixin", "params": {"r": 4, "targets": ["qkv", "dense", "mlp"]}}
@@ -39,7 +40,10 @@ def on_meta(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+BY_DEFAULT = [preset for preset in PRESETS if preset.name in ("CogVideoX-2B", "CogVideoX1.5-5B-I2V")]
+
+
+@pytest.mark.parametrize("preset", rest_is_slow(PRESETS, BY_DEFAULT), ids=lambda preset: preset.name)
 def test_released_models_at_their_size(preset: Any) -> None:
     config = load_config([CONFIGS / preset.config])["model"]["network_config"]
     with torch.device("meta"):

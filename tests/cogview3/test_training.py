@@ -30,6 +30,7 @@ def sample(trained: Path, folder: Path, prompts: list[str], *overrides: str) -> 
     return sorted(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_toy_trains_and_its_samples_are_pictures(tmp_path: Path) -> None:
     trained = train(tmp_path / "runs", "args.train_iters=30", "args.eval_interval=null")
     losses = [record["loss"] for record in records(trained)]

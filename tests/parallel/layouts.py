@@ -1,11 +1,10 @@
 """Layouts to compare with one process, and what every comparison needs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -62,12 +61,6 @@ LAYOUTS = {
 
 WIDE = {"TP4": Layout(tp=4), "TP4+SP": Layout(tp=4, sp=True)}
 """Layouts of more tensor-parallel ranks than LAYOUTS' networks have heads: these have four."""
-
-
-def rest_is_slow(values: Iterable[Any], default: Iterable[Any]) -> list[Any]:
-    """All values to parametrize with; those that are not among the default ones are marked slow."""
-    chosen = list(default)
-    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @contextmanager

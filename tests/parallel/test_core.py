@@ -10,6 +10,7 @@ from torch import Tensor
 from sat.model import BaseModel
 from sat.mpu import sum_partial_gradients, vocab_parallel_cross_entropy
 from sat.mpu.shards import cut_state, shard_rules
+from tests.marks import rest_is_slow
 from tests.parallel.layouts import (
     LAYOUTS,
     Layout,
@@ -17,7 +18,6 @@ from tests.parallel.layouts import (
     load_own_part,
     mean_over_replicas,
     parallel_state,
-    rest_is_slow,
     worst_difference,
 )
 from tests.ranks import run_ranks

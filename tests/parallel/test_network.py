@@ -14,6 +14,7 @@ from sat.mpu.gradients import sum_partial_gradients
 from sat.mpu.shards import cut_state, shard_rules
 from sat.mpu.state import ParallelState
 from tests.cogvideox.tiny import HEAD_DIM, HEADS, build, make_inputs
+from tests.marks import rest_is_slow
 from tests.parallel.layouts import (
     LAYOUTS,
     WIDE,
@@ -22,7 +23,6 @@ from tests.parallel.layouts import (
     load_own_part,
     mean_over_replicas,
     parallel_state,
-    rest_is_slow,
     worst_difference,
 )
 from tests.ranks import run_ranks

@@ -15,7 +15,7 @@ from sat.data.video import read_frames, write_png
 from sat.sampling.run import sample_joined
 from sat.vae import save_vae_state
 from sat.weights.lora import lora_of, write_lora
-from tests.parallel.layouts import rest_is_slow
+from tests.marks import rest_is_slow
 from tests.ranks import run_ranks
 from tests.tiny import VAE, tiny_config
 
@@ -118,7 +118,7 @@ VIDEOS = {
 
 
 @pytest.mark.parametrize("run_dir", ["image"], indirect=True)
-@pytest.mark.parametrize("name", rest_is_slow(VIDEOS, ("Ulysses2", "Ring2 x guidance")))
+@pytest.mark.parametrize("name", rest_is_slow(VIDEOS, ("Ring2 x guidance",)))
 def test_the_videos_are_those_of_one_process(run_dir: Path, tmp_path: Path, name: str) -> None:
     """Six latents in three chunks; tiles as well, since none of them may leave the processes out of step."""
     world, words = VIDEOS[name]

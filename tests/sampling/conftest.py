@@ -15,7 +15,9 @@ import yaml
 
 from sat.config import ConfigNode, instantiate_from_config, load_config
 from sat.data.synthetic import DIRECTIONS, SIZES
+from sat.training.cli import main
 from sat.vae import save_vae_state
+from tests.ranks import run_processes
 from tests.tiny import ROOT, SMALLER, TINY, VAE, only_run
 from tools.make_tiny_t5 import make
 
@@ -48,6 +50,11 @@ def command(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
         timeout=120,
         **options,
     )
+
+
+def train(*words: object) -> None:
+    """Run train_video.py's command line to its end, in a process that has torch and DeepSpeed loaded."""
+    run_processes(main, [ENVIRONMENT], [str(word) for word in words])
 
 
 def write_parts(folder: Path) -> Path:
@@ -88,6 +95,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     parts = write_parts(folder)
     options = ("args.train_iters=4", "args.save_interval=2", f"args.save={folder / 'runs'}")
-    done = command("train_video.py", "--base", TINY, parts, *SMALLER, *options)
-    assert done.returncode == 0, done.stderr
+    train("--base", TINY, parts, *SMALLER, *options)
     return Trained(only_run(folder / "runs"), parts)

@@ -20,6 +20,7 @@ from sat.data.cache import ABOUT, text_key
 from tests.caches import data_words, model_words, vae_word, write_vae
 from tests.data.packed import write_shard
 from tests.image_to_video import write_clips
+from tests.marks import rest_is_slow
 from tests.ranks import launched, run_processes
 from tests.tiny import ROOT, SMALLER, TINY, tiny_config
 from tools.precompute import main
@@ -324,7 +325,7 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("num_shards", rest_is_slow([1, 3], [1]))
 def test_a_job_that_is_killed_goes_on(
     fill: Callable[..., dict[str, Any]], words: tuple[str, ...], tmp_path: Path, num_shards: int
 ) -> None:

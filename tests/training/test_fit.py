@@ -14,6 +14,7 @@ from sat.errors import CheckpointError
 from sat.training.fit import check_model
 from sat.training.systems import DiffusionSystem
 from sat.weights.finding import find_checkpoint
+from tests.marks import rest_is_slow
 from tests.tiny import ROOT, tiny_config
 from tests.weights.released import PRESET_OF, write_all_released
 
@@ -120,7 +121,7 @@ def test_models_that_cannot_be_compared_are_left_to_the_loading(released):
     check_model(load_config([ROOT / "configs" / "demo_vae.yaml"]), checkpoint, nothing)
 
 
-@pytest.mark.parametrize("script", ["train_video.py", "sample_video.py"])
+@pytest.mark.parametrize("script", rest_is_slow(["train_video.py", "sample_video.py"], ["train_video.py"]))
 def test_the_scripts_stop_at_a_wrong_yaml(released, script):
     words = ["--base", "configs/cogvideox_2b.yaml", f"args.load={released['5B'] / 'transformer'}"]
     words += (

@@ -19,6 +19,7 @@ from sat.training.checkpoint import load_weights
 from sat.training.data import TrainingData, ValidationData, build_dataset
 from sat.training.mix import RealisedMix
 from tests.data.packed import mp4, write_shard
+from tests.marks import rest_is_slow
 from tests.ranks import run_ranks
 from tests.test_docs import blocks
 from tests.tiny import ROOT, TINY, VAE, only_run, records, tiny_config, train_on_rank
@@ -100,7 +101,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.parametrize("stopped_at", [1, 3, 4])
+@pytest.mark.parametrize("stopped_at", rest_is_slow([1, 3, 4], [3]))
 def test_a_mixture_of_files_goes_on_bit_for_bit(files: tuple[str, ...], tmp_path: Path, stopped_at: int) -> None:
     """Wherever it was stopped, weights, losses and the recorded mix are those of a run that was not."""
     run_ranks(train_on_rank, 1, (*files, f"args.save={tmp_path}/whole"))

@@ -7,7 +7,7 @@ import torch
 
 from sat.errors import ConfigError, DataError
 from sat.training.checkpoint import load_weights
-from tests.parallel.layouts import LAYOUTS, Layout, rest_is_slow
+from tests.parallel.layouts import LAYOUTS, Layout
 from tests.ranks import run_ranks
 from tests.tiny import FORMS, only_run, records, train_on_rank
 
@@ -102,7 +102,7 @@ def test_switches_that_change_no_first_loss(reference: Path, tmp_path: Path, wor
         ("keep_attention", "DP2", 2),
         ("recompute", "DP2", 3),
         ("offload", "TP2", 2),
-        ("recompute_every_2", "Ulysses2", 1),
+        pytest.param("recompute_every_2", "Ulysses2", 1, marks=pytest.mark.slow),
     ],
 )
 def test_activations_by_choice(reference: Path, tmp_path: Path, activations: str, name: str, stage: int) -> None:
@@ -129,7 +129,8 @@ WITH_LORA = {
 }
 
 
-@pytest.mark.parametrize("form", rest_is_slow(WITH_LORA, ("5B-I2V",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", WITH_LORA)
 def test_every_form_of_the_model(tmp_path: Path, form: str) -> None:
     """Split over ranks in each way: the losses and gradient norms of one process."""
     one = train(tmp_path / "one", Layout(), PACK, *WITH_LORA[form])

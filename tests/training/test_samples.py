@@ -56,6 +56,7 @@ def test_latents_of_text_to_video(tmp_path: Path, more: tuple[str, ...]) -> None
     assert own[0].name.startswith("00000-a-") and own[0].name.endswith("seed7.safetensors")
 
 
+@pytest.mark.slow
 def test_videos_of_image_to_video(tmp_path: Path) -> None:
     """Also on two ranks at ZeRO stage 3, which share the samples; three of them, so that one rank has one more."""
     clips = write_clips(tmp_path / "clips")

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +23,7 @@ from sat.training.optim import build_optimizer, parameter_groups
 from sat.training.step import Stepper, _import_deepspeed
 from sat.training.systems import TrainingSystem, build_system
 from tests.ranks import run_ranks
-from tests.tiny import only_run, records, tiny_config, train_on_rank
+from tests.tiny import ROOT, only_run, records, tiny_config, train_on_rank
 
 SEED = 7
 COMMON = ("args.train_iters=4", "args.global_batch_size=4", "args.lr_decay_style=constant", "args.warmup=0")
@@ -28,6 +31,30 @@ LORA = (
     "model.network_config.params.modules.lora_config={target: sat.model.finetune.lora2.LoraMixin, params: {r: 2}}",
     "model.not_trainable_prefixes=[all]",
 )
+
+
+WHAT_IMPORTING_DEEPSPEED_DOES = """
+import subprocess, sys
+from sat.mpu.launch import joined
+from sat.training.step import _import_deepspeed
+def refused(*words, **options):
+    raise AssertionError(f"the compiler was run: {words}")
+subprocess.Popen = refused
+with joined():
+    deepspeed = _import_deepspeed("cpu")
+    from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+    assert "torch._dynamo" not in sys.modules
+    assert deepspeed.ops.__compatible_ops__ == {"deepspeed_shm_comm": False}
+    assert compiler.compile.__module__ == "deepspeed.runtime.compiler"
+"""
+
+
+def test_importing_deepspeed_runs_no_compiler_and_loads_none() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
+    command = [sys.executable, "-c", WHAT_IMPORTING_DEEPSPEED_DOES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def fresh_system(config: ConfigNode) -> TrainingSystem:

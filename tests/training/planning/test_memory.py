@@ -125,10 +125,10 @@ QUICK = {
     ("tiny", "0"),
     ("tiny", "3"),
     ("wide", "1"),
-    ("medium", "1, every second"),
+    ("tiny", "1, every second"),
+    ("tiny", "2, in the host"),
     ("tiny", "2 in bf16 with averages"),
     ("tiny", "1 in bf16, recomputed"),
-    ("long", "2, in the host"),
 }
 
 

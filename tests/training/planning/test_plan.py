@@ -22,6 +22,7 @@ from sat.training.planning.layouts import Layout, choose
 from sat.training.planning.passes import Pieces, Work, pretend_layout, pretend_ranks, run_parts, take_apart
 from sat.training.planning.run import describe_job, plan
 from sat.training.preview import clip_sizes
+from tests.marks import rest_is_slow
 from tests.tiny import ROOT
 
 MODEL = [ROOT / "configs" / "cogvideox_5b.yaml", ROOT / "configs" / "sft.yaml"]
@@ -53,7 +54,7 @@ def pieces_of(*words: str) -> Pieces:
     return take_apart(work_of(small(*words)), get_parallel_state())
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", rest_is_slow(CHOICES, ("keep_attention", "recompute_every_2")))
 def test_any_network_follows_from_one_layer_of_each_kind(choice: str) -> None:
     """A network of five layers, run as it is."""
     depth = 5
