@@ -113,6 +113,7 @@ class TrainingLoop:
                 run.start_step,
                 run.last_step,
             )
+            run.tidy()
             return True
         batches = run.batches()
         steps = range(run.start_step + 1, run.last_step + 1)

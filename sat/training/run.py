@@ -180,6 +180,12 @@ class Run:
         """Whether it had come to its end before it began."""
         return self.start_step >= self.last_step
 
+    def tidy(self) -> None:
+        """Delete what a finished run does not keep: it may have been killed before it did so itself."""
+        run_dir = self.start.run_dir
+        assert run_dir is not None
+        on_main(lambda: self._retention().tidy(run_dir))
+
     def end(self) -> Start:
         """Where the stage after this one starts: at the checkpoint of its last step."""
         assert self.run_dir is not None
@@ -339,6 +345,9 @@ class Run:
             auto_warmup_until=args.auto_warmup_steps if args.mode == "finetune" and not self.stage.number else 0,
         )
 
+    def _retention(self) -> Retention:
+        return Retention(self.args.keep_last, self.args.keep_every, self.args.keep_best, self.job.stage_ends)
+
     def _open_saver(self) -> Saver | None:
         if self.run_dir is None:
             return None
@@ -350,7 +359,7 @@ class Run:
 
         args = self.args
         options = SaveOptions(
-            retention=Retention(args.keep_last, args.keep_every, args.keep_best, self.job.stage_ends),
+            retention=self._retention(),
             max_failed=args.max_failed_saves,
             consolidate=args.save_safetensors,
             lora_alpha=lora_alpha(self.stage.config),

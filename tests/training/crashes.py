@@ -315,7 +315,8 @@ def check_end(save: Path, reference: Reference, told: str) -> None:
     assert numbers_of(run) == reference.losses
     kept = {str(step) for step in (STEPS - INTERVAL, STEPS)}
     folders = {path.name for path in run.iterdir() if path.is_dir()}
-    assert folders == kept | {f"{name}-ema" for name in kept} | {"tensorboard"}
+    wanted = kept | {f"{name}-ema" for name in kept} | {"tensorboard"}
+    assert folders == wanted, folders ^ wanted
 
 
 class Chain:

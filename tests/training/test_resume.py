@@ -302,6 +302,16 @@ def choose_averages(rank: int, run: Path) -> dict[str, list[str]]:
     return said
 
 
+def test_a_run_killed_after_its_last_save_deletes_what_is_not_kept(whole: Path, tmp_path: Path) -> None:
+    """Which is done once `latest` names the new checkpoint; there is no next save that would."""
+    run = tmp_path / whole.name
+    shutil.copytree(whole, run)
+    words = (*options(1, f"args.save={tmp_path}", "args.save_safetensors=true"), "args.keep_last=1")
+    run_ranks(train_on_rank, 1, words)
+    assert only_run(tmp_path) == run and load_weights(run)
+    assert sorted(path.name for path in run.iterdir() if path.name[0].isdigit()) == ["8", "8-ema"]
+
+
 def lock_while_opened(rank: int, run: Path) -> tuple[list[bool], str]:
     """Whether folders are free to be deleted as their content is compared, and what is said where one is not."""
     from sat.training import resume
