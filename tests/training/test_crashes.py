@@ -137,10 +137,10 @@ def test_every_point_of_a_start(folder: Path, references: Callable[[int], Refere
 @pytest.mark.parametrize(("world", "rank"), [(1, None), (2, None), (2, 0), (2, 1)])
 def test_random_instants(folder: Path, references: Callable[[int], Reference], world: int, rank: int | None) -> None:
     """All ranks, or one alone: the other one dies of it, as under a launcher."""
-    count = RANDOM_INSTANTS if rank is None else RANDOM_INSTANTS // 2
+    count, reference = RANDOM_INSTANTS if rank is None else RANDOM_INSTANTS // 2, references(world)
 
     def work(half: int) -> None:
-        chain = Chain(folder / f"random-{world}-{rank}-{half}", world, references(world))
+        chain = Chain(folder / f"random-{world}-{rank}-{half}", world, reference)
         run_random(chain, count // 2, 1 + half, rank)
         assert chain.num_finished > 0
 
