@@ -182,9 +182,15 @@ class Run:
 
     def tidy(self) -> None:
         """Delete what a finished run does not keep: it may have been killed before it did so itself."""
-        run_dir = self.start.run_dir
-        assert run_dir is not None
-        on_main(lambda: self._retention().tidy(run_dir))
+        run_dir, checkpoint = self.start.run_dir, self.start.checkpoint
+        assert run_dir is not None and checkpoint is not None
+
+        def delete() -> None:
+            # Where `latest` names another one, that is damaged: what is whole must not give way to it.
+            if read_latest(run_dir)[0] == checkpoint.path.name:
+                self._retention().tidy(run_dir)
+
+        on_main(delete)
 
     def end(self) -> Start:
         """Where the stage after this one starts: at the checkpoint of its last step."""

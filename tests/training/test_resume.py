@@ -312,6 +312,15 @@ def test_a_run_killed_after_its_last_save_deletes_what_is_not_kept(whole: Path, 
     assert sorted(path.name for path in run.iterdir() if path.name[0].isdigit()) == ["8", "8-ema"]
 
 
+def test_a_finished_run_deletes_nothing_for_a_damaged_checkpoint(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / whole.name
+    shutil.copytree(whole, run)
+    (run / "8" / model_file(0)).write_bytes(b"")
+    words = (f"args.load={run}", "args.mode=pretrain", "args.train_iters=4", "args.keep_last=1")
+    run_ranks(train_on_rank, 1, (*options(1), *words))
+    assert problem_of(run / "4") is None and damage_of(run / "4") is None
+
+
 def lock_while_opened(rank: int, run: Path) -> tuple[list[bool], str]:
     """Whether folders are free to be deleted as their content is compared, and what is said where one is not."""
     from sat.training import resume
