@@ -141,7 +141,7 @@ def compare_positions(transformer: Transformer) -> Difference | None:
     other = CogVideoXPatchEmbed(
         embed_dim=table.shape[-1], in_channels=1, text_embed_dim=1, use_learned_positional_embeddings=False, **options
     )
-    theirs: Tensor = other.pos_embedding  # type: ignore[assignment]
+    theirs: Tensor = other.pos_embedding
     largest = float((table.float() - theirs).abs().max()) if table.shape == theirs.shape else float("inf")
     return Difference("stored positions and those that diffusers computes", largest, float(theirs.abs().max()))
 
