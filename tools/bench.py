@@ -75,6 +75,7 @@ DEMO = (
     ),
     *("data.params.height=4", "data.params.width=4", "data.params.num_samples=1000"),
     *("deepspeed.train_micro_batch_size_per_gpu=24", "args.global_batch_size=48", "args.eval_interval=null"),
+    *("deepspeed.zero_optimization.stage=0", "deepspeed.optimizer={type: sat.ops.Muon, params: {lr: 0.02}}"),
 )
 """The demo's transformer (configs/demo.yaml) on latents that are drawn."""
 

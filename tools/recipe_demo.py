@@ -37,6 +37,12 @@ SAMPLES_PER_STEP = 48
 TOKENS_PER_LATENT, TEXT = 16, 16
 ROW_TOKENS = 24 * 64
 """About as many tokens as a micro-batch of the demo has: 24 clips of 9 frames with their text."""
+TRAINING = (
+    "args.lr_decay_style=constant",
+    "deepspeed.zero_optimization.stage=1",
+    "deepspeed.optimizer={type: AdamW, params: {lr: 1e-3, betas: [0.9, 0.95], weight_decay: 1e-4}}",
+)
+"""At a constant rate, so that runs of other lengths can be compared; and by AdamW, as most are trained."""
 SEEN_EVERY = 20
 """Steps between two validations where stages are compared."""
 
@@ -73,7 +79,7 @@ class RecipeDemo:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay, sort_keys=False), encoding="utf-8")
         base = ("--base", "configs/demo.yaml", folder / "overlay.yaml")
-        return trained(folder, steps, self.num_processes, *base, *self.parts, "args.lr_decay_style=constant")
+        return trained(folder, steps, self.num_processes, *base, *self.parts, *TRAINING)
 
     # --- packs -------------------------------------------------------------------------------------------------------
 

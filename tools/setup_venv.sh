@@ -20,10 +20,11 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   # torch alone and first, so that no other package chooses its build: the CPU's where there is no GPU and pip finds it.
   torch=$(grep '^torch==' constraints.txt)
   command -v nvidia-smi > /dev/null || cpu_build=$torch+cpu
-  # Without compiling: Python compiles what is imported, a small part, when it is.
+  # Without compiling: Python compiles what is imported, a small part, when it is (see below).
   install_torch() { pip install --quiet --no-compile "$1" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}; }
   install_torch "${cpu_build:-$torch}" 2> /dev/null || install_torch "$torch"
   pip install --quiet --no-compile --constraint constraints.txt --editable ".[$extra]"
   echo "$wanted" > "$stamp"
 fi
 export TORCH_EXTENSIONS_DIR="$PWD/.cache/torch_extensions"  # another project's builds do not mix with ours
+unset PYTHONDONTWRITEBYTECODE  # many a container sets it; every process would compile all that it imports

@@ -32,7 +32,7 @@ def write_averages(iteration: Path, folder: Path, aliases: Mapping[str, str]) ->
     optimizer keeps no averages.
     """
     stored = StoredState(iteration)
-    if AVERAGED_KIND not in stored.tensor_kinds:
+    if AVERAGED_KIND not in stored.tensor_kinds():
         return {}
     files = weight_files(CheckpointPath(iteration, 0))
     return {file.name: _write_average(stored, tp_rank, file, folder, aliases) for tp_rank, file in enumerate(files)}

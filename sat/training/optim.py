@@ -11,6 +11,7 @@ from sat.config import ConfigNode, did_you_mean, resolve_target
 from sat.errors import ConfigError
 from sat.ops.apex import find_adam
 from sat.ops.layernorm import RMSNorm
+from sat.training.args import DeepSpeedConfig
 
 NO_WD_MODULES: list[type[nn.Module]] = [nn.LayerNorm, RMSNorm]
 """Modules whose parameters have no weight decay; users' own norms may be appended."""
@@ -81,6 +82,17 @@ def optimizer_class(config: Mapping[str, Any]) -> type[torch.optim.Optimizer]:
             where = params.where(key) if isinstance(params, ConfigNode) else f"deepspeed.optimizer.params.{key}"
             raise ConfigError(f"unknown key {where}{did_you_mean(key, accepted)}; {kind} takes {', '.join(accepted)}")
     return found
+
+
+def check_optimizer(config: DeepSpeedConfig, tp_size: int) -> None:
+    """Raise ConfigError where the optimizer is unknown or would get parts of the parameters that it needs whole."""
+    kind = optimizer_class(config.optimizer)
+    if getattr(kind, "needs_whole_parameters", False) and (config.zero_stage > 0 or tp_size > 1):
+        raise ConfigError(
+            f"deepspeed.optimizer.type is {config.optimizer['type']}, which needs each matrix whole, and ZeRO stage "
+            f"{config.zero_stage} with args.model_parallel_size {tp_size} hands it parts of them: set "
+            "deepspeed.zero_optimization.stage=0 (in fp32) and args.model_parallel_size=1, or take AdamW"
+        )
 
 
 _NOT_HANDED_ON = ("lr", "torch_adam")

@@ -105,15 +105,13 @@ class StoredState:
             else:
                 self._numbers[name, kind] = _Run(reader, file, key, 0, 1)
 
-    @property
-    def tensor_kinds(self) -> set[str]:
-        """Kinds of state with a value for each element, besides the master weights."""
-        return {kind for _, kind, _ in self._runs} - {"master"}
+    def tensor_kinds(self, name: str | None = None) -> set[str]:
+        """Kinds of state with a value for each element, besides the master weights; of one parameter, or of any."""
+        return {kind for owner, kind, _ in self._runs if name in (None, owner)} - {"master"}
 
-    @property
-    def number_kinds(self) -> set[str]:
-        """Kinds of state that are a single number for each parameter."""
-        return {kind for _, kind in self._numbers}
+    def number_kinds(self, name: str | None = None) -> set[str]:
+        """Kinds of state that are a single number for a parameter; of one parameter, or of any."""
+        return {kind for owner, kind in self._numbers if name in (None, owner)}
 
     def whole(self, name: str, kind: str, tp_rank: int) -> Tensor | None:
         """One kind of state of a whole parameter of one tensor-parallel rank, flat; None where it was not kept."""

@@ -36,7 +36,7 @@ from sat.training.lock import RunLock
 from sat.training.lr import LearningRate
 from sat.training.metrics import MetricsWriter
 from sat.training.mix import RealisedMix
-from sat.training.optim import optimizer_class
+from sat.training.optim import check_optimizer
 from sat.training.optimizer_state import StoredState
 from sat.training.positions import TableChange, changed, trained_network
 from sat.training.preview import check_numbers, clip_sizes
@@ -88,7 +88,7 @@ def check_ahead(stage: Stage, launch: Launch) -> None:
     check_sources(config, args)
     dp_size = check_layout(config, args, launch.world_size)
     sizes = deepspeed_config(config, args, dp_size, launch.device.type)
-    optimizer_class(sizes.optimizer)
+    check_optimizer(sizes, args.model_parallel_size)
     check_with_deepspeed(config["deepspeed"], sizes, launch)
     rows = sizes.micro_batch_size * sizes.grad_accum_steps * dp_size
     check_plan(config, args, stage.seed, rows, sizes.micro_batch_size)
@@ -232,7 +232,7 @@ class Run:
             check_model(config, checkpoint, may_miss, self._is_from_text_to_video(), former)
         check_files(config)
         check_cache(config, self.args)
-        optimizer_class(self.deepspeed.optimizer)
+        check_optimizer(self.deepspeed, self.args.model_parallel_size)
         check_with_deepspeed(config["deepspeed"], self.deepspeed, self.launch)
         if self.args.activations == "keep_attention" and self.deepspeed.zero_stage == 3:
             raise ConfigError(
@@ -291,7 +291,7 @@ class Run:
         state = self.start.state
         if self.stage.keeps_optimizer or not self.is_new_stage:
             stored = StoredState(checkpoint.path)
-            self.stepper.allocate_state(stored.tensor_kinds, stored.number_kinds)
+            self.stepper.allocate_state(stored)
             changes = {f"{NETWORK_PREFIX}{name}": change for name, change in self.table_changes.items()}
             stored.fill(self.stepper.fragments(), shard_rules(self.stepper.module), self.parallel, changes)
             self.stepper.load_scaler_state(state["loss_scaler"])

@@ -20,7 +20,7 @@ from sat.mpu.state import ParallelState
 from sat.training.args import DEPRECATED_ZERO, DeepSpeedConfig
 from sat.training.health import GradientWatch
 from sat.training.optim import build_optimizer, parameter_groups
-from sat.training.optimizer_state import Fragment
+from sat.training.optimizer_state import Fragment, StoredState
 
 log = logging.getLogger(__name__)
 
@@ -280,18 +280,18 @@ class Stepper:
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
 
-    def allocate_state(self, tensor_kinds: set[str], number_kinds: set[str]) -> None:
-        """Make empty optimizer state of these kinds, as the optimizer would at its first step."""
+    def allocate_state(self, stored: StoredState) -> None:
+        """Make empty optimizer state of the kinds that a checkpoint has, as the optimizer would at its first step."""
         optimizer = self._base_optimizer()
         if self.config.zero_stage == 3:
             masters = self.engine.optimizer.fp32_partitioned_groups_flat
         else:
             masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in masters:
-            state = optimizer.state[parameter]
-            for kind in tensor_kinds:
+            state, name = optimizer.state[parameter], self.names.get(parameter)  # no name: a flat group of parameters
+            for kind in stored.tensor_kinds(name):
                 state[kind] = torch.zeros_like(parameter)
-            for kind in number_kinds:
+            for kind in stored.number_kinds(name):
                 state[kind] = torch.tensor(0.0)
 
     def weights(self, keep: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor] | None:

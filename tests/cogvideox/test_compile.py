@@ -73,8 +73,8 @@ def test_a_layer_of_every_form_is_one_graph(form: str) -> None:
     "options",
     [
         {"extra_modules": LORA},
-        {"use_SwiGLU": True},
-        {"use_RMSNorm": True},
+        pytest.param({"use_SwiGLU": True}, marks=pytest.mark.slow),
+        pytest.param({"use_RMSNorm": True}, marks=pytest.mark.slow),
         {"transformer_args": {"layernorm_order": "sandwich"}},
         {"transformer_args": {"checkpoint_activations": True}},
     ],

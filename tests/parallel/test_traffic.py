@@ -14,6 +14,7 @@ from sat.mpu.gradients import sum_partial_gradients
 from sat.mpu.state import ParallelState
 from sat.mpu.traffic import Traffic, count_traffic
 from tests.cogvideox.tiny import HEADS, TEXT_LENGTH, build, make_inputs
+from tests.marks import rest_is_slow
 from tests.parallel.layouts import LAYOUTS, parallel_state
 from tests.ranks import run_ranks
 from tests.tiny import ROOT
@@ -69,7 +70,7 @@ def compare_layers(rank: int, world: int) -> dict[str, tuple[Sent, Sent]]:
     return found
 
 
-@pytest.mark.parametrize("world", sorted({layout.world for layout in LAYOUTS.values()}))
+@pytest.mark.parametrize("world", rest_is_slow(sorted({layout.world for layout in LAYOUTS.values()}), (2, 3)))
 def test_counted_bytes_are_those_of_the_formulas(world: int) -> None:
     """Every rank, to the byte."""
     for found in run_ranks(compare_layers, world, world):

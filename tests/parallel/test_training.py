@@ -75,7 +75,7 @@ ALL = [(form, name, stage) for form in FORMS for name in LAYOUTS for stage in (0
 DEFAULT = [
     (form, name, stage)
     for form, name, stage in ALL
-    if form == "5B" and (stage == 2 or (name, stage) in (("TP2+SPxRing2", 3), ("DP2xCP2", 1), ("DP2xCP2", 3)))
+    if form == "5B" and (stage == 2 or (name, stage) in (("TP2+SPxRing2", 3), ("DP2xCP2", 1)))
 ]
 
 

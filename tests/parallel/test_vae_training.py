@@ -17,6 +17,7 @@ from tests.tiny import ROOT, only_run, records
 STEPS = 4
 SIZE = "{z_channels: 4, ch: 8, ch_mult: [1, 2, 2, 4], num_res_blocks: 1, norm_groups: 4}"
 COMMON = (
+    "deepspeed.optimizer={type: AdamW, params: {lr: 1e-3, betas: [0.9, 0.95]}}",  # which takes every stage of ZeRO
     f"args.train_iters={STEPS}",
     f"args.save_interval={STEPS}",
     "args.global_batch_size=2",

@@ -76,14 +76,17 @@ def in_two(work: Callable[[int], None]) -> None:
 # --- a share of the matrix -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "rank", "every"), [(1, 0, 17), (2, 1, 5)])
+@pytest.mark.parametrize(("world", "rank", "every"), [pytest.param(1, 0, 17, marks=pytest.mark.slow), (2, 1, 5)])
 def test_some_points(folder: Path, references: Callable[[int], Reference], world: int, rank: int, every: int) -> None:
     reference = references(world)
     chain = Chain(folder / f"some-{world}-{rank}", world, reference)
     run_points(chain, points(reference, rank)[::every], rank)
 
 
-@pytest.mark.parametrize(("world", "rank"), [(1, None), (2, None), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("world", "rank"),
+    [(1, None), (2, 1), *(pytest.param(2, rank, marks=pytest.mark.slow) for rank in (None, 0))],
+)
 def test_a_few_random_instants(
     folder: Path, references: Callable[[int], Reference], world: int, rank: int | None
 ) -> None:

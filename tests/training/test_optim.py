@@ -1,6 +1,7 @@
 """Which parameters are trained and how; wrong optimizers are refused before a model is built."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from sat.errors import ConfigError
 from sat.ops import FusedEmaAdam
 from sat.ops.layernorm import RMSNorm
 from sat.training import optim
-from sat.training.optim import build_optimizer, freeze, optimizer_class, parameter_groups
+from sat.training.args import DeepSpeedConfig
+from sat.training.optim import build_optimizer, check_optimizer, freeze, optimizer_class, parameter_groups
 
 
 class Model(nn.Module):
@@ -123,3 +125,13 @@ def test_wrong_optimizers_are_named(tmp_path: Path, optimizer: str, message: str
     (tmp_path / "a.yaml").write_text(f"deepspeed: {{optimizer: {optimizer}}}")
     with pytest.raises(ConfigError, match=message):
         optimizer_class(load_config([tmp_path / "a.yaml"])["deepspeed"]["optimizer"])
+
+
+@pytest.mark.parametrize(("stage", "tp_size", "is_refused"), [(1, 1, True), (0, 2, True), (0, 1, False)])
+def test_muon_is_given_whole_matrices(stage: int, tp_size: int, is_refused: bool) -> None:
+    config = DeepSpeedConfig(1, 1, stage, "fp32", 0.0, {"type": "sat.ops.Muon"}, {})
+    refusal = pytest.raises(
+        ConfigError, match=r"Muon, which needs each matrix whole, and ZeRO stage . with .* hands it"
+    )
+    with refusal if is_refused else nullcontext():
+        check_optimizer(config, tp_size)

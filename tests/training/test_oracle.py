@@ -81,12 +81,16 @@ def as_after_a_kill(whole: Path, folder: Path, step: int = BEFORE) -> Path:
     return copy
 
 
+MUON = ("deepspeed.optimizer={type: sat.ops.Muon, params: {lr: 0.01}}",)
+
+
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "stage 0": (1, stage(0)),
+    "Muon": (1, (*stage(0), *MUON)),
     "stage 2 on 2": (2, stage(2)),
     "bf16, LoRA with dropout": (1, (*stage(2), *LORA, *BF16)),
 }
 MORE_CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "stage 0": (1, stage(0)),
     "stage 1": (1, stage(1)),
     "bf16, tp 2": (2, (*stage(1), *TP, *BF16)),
     "stage 3, cp 2": (2, (*stage(3), *CP)),
@@ -113,7 +117,7 @@ def test_a_broken_run_ends_as_the_whole_one(tmp_path: Path, name: str) -> None:
     broken = as_after_a_kill(whole, tmp_path / "broken")
     assert run(broken.parent, world, words, tmp_path / "notes-after") == broken
     assert numbers_of(broken) == numbers_of(whole)
-    for folder in (str(BEFORE + AFTER), *([f"{BEFORE + AFTER}-ema"] if name != "SGD" else [])):
+    for folder in (str(BEFORE + AFTER), *([f"{BEFORE + AFTER}-ema"] if name not in ("SGD", "Muon") else [])):
         assert read_manifest(broken / folder) == read_manifest(whole / folder)
     for rank in range(world):
         drawn, drawn_after = (json.loads((tmp_path / f"{kind}{rank}").read_text()) for kind in ("notes", "notes-after"))
@@ -149,10 +153,10 @@ def edit_state(folder: Path) -> None:
 LOSS_RTOL = 1e-5  # measured 3e-7 in fp32
 Layout = tuple[int, tuple[str, ...]]
 JOURNEYS: dict[str, list[Layout]] = {
-    "2 -> 1 -> 2": [(2, stage(2)), (1, stage(1)), (2, stage(3))],
     "2 -> 1 -> tp 2": [(2, stage(1)), (1, stage(1)), (2, (*stage(1), *TP))],
 }
 MORE_JOURNEYS: dict[str, list[Layout]] = {
+    "2 -> 1 -> 2": [(2, stage(2)), (1, stage(1)), (2, stage(3))],
     "tp 2 -> cp 2 -> dp 2": [(2, (*stage(3), *TP)), (2, (*stage(1), *CP)), (2, stage(2))],
     "offload on and off": [(2, (*stage(2), *OFFLOAD)), (1, stage(0)), (2, (*stage(3), *OFFLOAD))],
     "LoRA, dp 2 -> tp 2 -> 1": [

@@ -100,8 +100,8 @@ def test_switches_that_change_no_first_loss(reference: Path, tmp_path: Path, wor
     ("activations", "name", "stage"),
     [
         ("keep_attention", "DP2", 2),
-        ("recompute", "DP2", 3),
-        ("offload", "TP2", 2),
+        pytest.param("recompute", "DP2", 3, marks=pytest.mark.slow),
+        pytest.param("offload", "TP2", 2, marks=pytest.mark.slow),
         pytest.param("recompute_every_2", "Ulysses2", 1, marks=pytest.mark.slow),
     ],
 )

@@ -87,7 +87,10 @@ def test_operations_are_those_of_the_formula() -> None:
     assert both.products + both.attention_forward + both.attention_backward == job.clip_flops
 
 
-@pytest.mark.parametrize("split", [{"tp": 2}, {"tp": 4}, {"cp": 2}, {"cp": 4}], ids=str)
+SPLITS = [{"tp": 2}, {"tp": 4}, {"cp": 2}, {"cp": 4}]
+
+
+@pytest.mark.parametrize("split", rest_is_slow(SPLITS, ({"tp": 2}, {"cp": 4})), ids=str)
 def test_bytes_are_those_of_the_formula(split: dict[str, int]) -> None:
     """Layers' traffic, by the formulas that other tests compare with real collectives."""
     config, tp, cp = small(), split.get("tp", 1), split.get("cp", 1)
