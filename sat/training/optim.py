@@ -84,10 +84,15 @@ def optimizer_class(config: Mapping[str, Any]) -> type[torch.optim.Optimizer]:
     return found
 
 
+def needs_whole_parameters(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether an optimizer says, with an attribute of this name, that it takes no parts of parameters."""
+    return bool(getattr(kind, "needs_whole_parameters", False))
+
+
 def check_optimizer(config: DeepSpeedConfig, tp_size: int) -> None:
     """Raise ConfigError where the optimizer is unknown or would get parts of the parameters that it needs whole."""
     kind = optimizer_class(config.optimizer)
-    if getattr(kind, "needs_whole_parameters", False) and (config.zero_stage > 0 or tp_size > 1):
+    if needs_whole_parameters(kind) and (config.zero_stage > 0 or tp_size > 1):
         raise ConfigError(
             f"deepspeed.optimizer.type is {config.optimizer['type']}, which needs each matrix whole, and ZeRO stage "
             f"{config.zero_stage} with args.model_parallel_size {tp_size} hands it parts of them: set "

@@ -110,8 +110,9 @@ def check(run: Path, reference: Path, heads: int, form: str = "5B") -> None:
 MOVES = [("DP2xTP2", "DP2xCP2"), ("TP3+SP", "TP2"), ("Ring2", "TP2+SPxUlysses2")]
 
 
-@pytest.mark.parametrize("stage", rest_is_slow([1, 3], [3]))
-@pytest.mark.parametrize("move", rest_is_slow(MOVES, MOVES[:1]), ids=" to ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("move", MOVES, ids=" to ".join)
 def test_a_run_continues_on_another_layout(reference: Path, tmp_path: Path, move: tuple[str, str], stage: int) -> None:
     before, after = move
     first = ("args.train_iters=5", "args.lr_decay_iters=5", "args.save_interval=2", f"args.save={tmp_path}")

@@ -124,6 +124,8 @@ class Job:
             return False
         if layout.activations == "keep_attention" and layout.stage == 3:
             return False
+        if self.zero.needs_whole_parameters and (layout.stage or tp > 1):
+            return False
         return cp == 1 or choose_ulysses(self.mode, cp, -(-heads // tp)) == cp
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sat.ops.adam import FusedEmaAdam
+from sat.ops import FusedEmaAdam, Muon
 from sat.training.args import DeepSpeedConfig
-from sat.training.optim import optimizer_class
+from sat.training.optim import needs_whole_parameters, optimizer_class
 from sat.training.planning.passes import Encoders, Pass
 
 SINGLE = 4
@@ -35,6 +35,8 @@ class Zero:
     """a moving average of the weight among them."""
     update_kinds: int
     """Numbers for each weight that an update needs for its time."""
+    needs_whole_parameters: bool = False
+    """Whether the optimizer takes no parts of them, as ZeRO and tensor parallelism would give it."""
     bucket: int = DEEPSPEED_BUCKET
     num_buckets: int = 1
     max_live: int = MAX_LIVE
@@ -46,17 +48,19 @@ class Zero:
         """What the deepspeed section asks for."""
         section: Mapping[str, Any] = config.rest.get("zero_optimization") or {}
         optimizer = optimizer_class(config.optimizer)
-        is_ema, is_sgd = issubclass(optimizer, FusedEmaAdam), optimizer.__name__ == "SGD"
+        is_ema, is_sgd, is_muon = issubclass(optimizer, FusedEmaAdam), optimizer.__name__ == "SGD", optimizer is Muon
         has_momentum = bool((config.optimizer.get("params") or {}).get("momentum"))
         overlaps = section.get("overlap_comm", config.zero_stage == 3)
         # torch's Adam goes over all weights at once on a GPU, and makes one temporary of each, on a CPU two.
-        temporaries = 0 if is_sgd else 1 if is_ema or device_type == "cuda" else 2
+        temporaries = 0 if is_sgd or is_muon else 1 if is_ema or device_type == "cuda" else 2
+        kinds = 3 if is_ema else int(has_momentum) if is_sgd else 1 if is_muon else 2  # Muon's of matrices: nearly all
         return cls(
             stage=config.zero_stage,
             element_bytes=SINGLE if config.precision == "fp32" else 2,
-            state_kinds=3 if is_ema else int(has_momentum) if is_sgd else 2,
+            state_kinds=kinds,
             has_average=is_ema,
             update_kinds=temporaries,
+            needs_whole_parameters=needs_whole_parameters(optimizer),
             bucket=int(section.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
             num_buckets=2 if overlaps and config.zero_stage < 3 else 1,
             max_live=int(section.get("stage3_max_live_parameters", MAX_LIVE)),

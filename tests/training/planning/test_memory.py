@@ -108,6 +108,7 @@ def compare(rank: int, words: tuple[str, ...], world: int) -> tuple[float, str]:
 
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "0": (1, (f"{ZERO}.stage=0",)),
+    "0, Muon": (1, (f"{ZERO}.stage=0", "deepspeed.optimizer={type: sat.ops.Muon, params: {lr: 0.01}}")),
     "1": (1, ()),
     "2": (2, (f"{ZERO}.stage=2",)),
     "3": (2, (f"{ZERO}.stage=3",)),
@@ -123,6 +124,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 # At medium sizes bf16 takes a minute or two where the CPU has no instructions for it.
 QUICK = {
     ("tiny", "0"),
+    ("wide", "0, Muon"),
     ("tiny", "3"),
     ("wide", "1"),
     ("tiny", "1, every second"),

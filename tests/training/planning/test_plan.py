@@ -18,7 +18,7 @@ from sat.mpu.state import get_parallel_state
 from sat.training.cli import main as train_video
 from sat.training.devices import named_device
 from sat.training.planning.dry import NOTHING
-from sat.training.planning.layouts import Layout, choose
+from sat.training.planning.layouts import Layout, choose, sensible_layouts
 from sat.training.planning.passes import Pieces, Work, pretend_layout, pretend_ranks, run_parts, take_apart
 from sat.training.planning.run import describe_job, plan
 from sat.training.preview import clip_sizes
@@ -155,6 +155,15 @@ def test_a_pack_and_adapters_are_planned() -> None:
     assert job.work.is_packed and job.work.samples == 900 // (3 * 4 * 6 + 226)
     assert configured == Layout(stage=2, activations="recompute")
     assert "chosen: " in plan(config, "h100", 1)
+
+
+def test_an_optimizer_of_whole_matrices_is_given_no_parts() -> None:
+    muon = ("deepspeed.optimizer={type: sat.ops.Muon, params: {lr: 0.01}}", "deepspeed.zero_optimization.stage=0")
+    fp32 = ("deepspeed.fp16.enabled=false", "deepspeed.bf16.enabled=false")
+    job, configured = describe_job(small(*muon, *fp32), named_device("h200"), 2)
+    possible = {layout for layout in sensible_layouts(2, configured) if job.is_possible(layout)}
+    assert configured in possible and {layout.context_parallel_size for layout in possible} == {1, 2}
+    assert {(layout.stage, layout.model_parallel_size) for layout in possible} == {(0, 1)}
 
 
 @pytest.mark.parametrize(("cache", "left"), [("none", (1, 1, 1)), ("text", (1, 0, 1)), ("all", (0, 0, 0))])
