@@ -118,7 +118,7 @@ def planned_step_time(device: str) -> float:
     world = config["args"]["global_batch_size"]
     job, configured = describe_job(config, named_device(device), world)
     with pretend_ranks(world):
-        (found,) = estimate_all(job, [replace(configured, checkpoint_activations=False)])
+        (found,) = estimate_all(job, [replace(configured, activations="keep")])
     return found.step_seconds - found.seconds["encoding"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.data_wait import cores_needed, wait_share
+from benchmarks.data_wait import cores_needed, planned_step_time, wait_share
 from tests.tiny import ROOT
 
 SMALL = ("--clips", "2", "--repeats", "1", "--frames", "5", "--height", "32", "--width", "48", "--workers", "1")
@@ -26,6 +26,10 @@ def test_cores_make_clips_as_fast_as_steps_take_them(seconds: float, clips: int,
 
 def test_the_first_steps_are_not_counted() -> None:
     assert wait_share([(9.0, 10.0)] * 3 + [(0.1, 1.0), (0.3, 3.0)]) == pytest.approx(0.1)
+
+
+def test_the_step_of_a_device_is_planned() -> None:
+    assert 1.0 < planned_step_time("h200") < 4.0
 
 
 def tables(tmp_path: Path, *words: str) -> dict:

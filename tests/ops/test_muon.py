@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sat.ops import muon
 from sat.ops.muon import COEFFICIENTS, STEPS, Muon, orthogonalize
 
 
@@ -25,6 +26,19 @@ def test_singular_values_go_through_the_polynomial_and_vectors_stay(shape: tuple
         expected = a * expected + b * expected**3 + c * expected**5
     torch.testing.assert_close(orthogonalize(matrix), left @ torch.diag(expected) @ right, rtol=0.0, atol=1e-12)
     assert expected.min() > 0.5 and expected.max() < 1.3
+
+
+def test_matrices_together_are_matrices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for together in (1, 1 << 22):
+        monkeypatch.setattr(muon, "TOGETHER", together)
+        parameters = [nn.Parameter(draw(6, 4, seed=seed)) for seed in range(3)]
+        optimizer = Muon(parameters, lr=0.02)
+        for seed, parameter in enumerate(parameters):
+            parameter.grad = draw(6, 4, seed=10 + seed) * 10.0**seed
+        optimizer.step()
+        results.append(torch.stack([parameter.detach() for parameter in parameters]))
+    torch.testing.assert_close(*results)
 
 
 def take_steps(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, count: int = 6) -> Tensor:
