@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import psutil
 import pytest
@@ -51,6 +52,17 @@ def test_workers_change_nothing(clips, num_workers):
     assert [batch["counters"].tolist() for batch in batches] == [[2 * step, 2 * step + 1] for step in range(6)]
     for batch, places in zip(batches, sampler):
         assert batch["key"] == [clips.index[index].key for _, index in places]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_that_is_let_go_is_freed_before_the_next_is_asked_for(clips, num_workers):
+    batches = iter(build_loader(clips, sampler_for(clips), num_workers))
+    batch = next(batches)
+    pixels = weakref.ref(batch["pixels"])
+    assert pixels() is not None
+    del batch
+    assert pixels() is None
+    assert next(batches)["counters"].tolist() == [2, 3]
 
 
 def test_making_a_loader_leaves_the_global_random_stream_alone(clips):
