@@ -81,6 +81,7 @@ def plan_stages(config: ConfigNode, seed: int) -> list[Stage]:
             raise ConfigError(f"stages: {names.count(name)} are called {name!r}; give each a name of its own")
     for before, after in pairwise(stages):
         _check_growth(before, after)
+        _check_optimizer(before, after)
     if len(stages) > 1 and stages[0].args.save is None:
         raise ConfigError("args.save is not set, and a stage begins with the checkpoint that the one before saves")
     return stages
@@ -134,6 +135,16 @@ def _laid_over(config: ConfigNode, node: ConfigNode) -> ConfigNode:
             own[section] = node[section]
             own.origins[section] = node.origins[section]
     return merge(whole, own)
+
+
+def _check_optimizer(before: Stage, after: Stage) -> None:
+    """What one kind of optimizer keeps is nothing to another."""
+    old, new = ((stage.config["deepspeed"].get("optimizer") or {}).get("type", "AdamW") for stage in (before, after))
+    if after.keeps_optimizer and old.lower() != new.lower():
+        raise ConfigError(
+            f"stage {after.name!r} has another optimizer ({new}) than {before.name!r} before it ({old}), and cannot go on "
+            "with its state; give the stage keep_optimizer: false"
+        )
 
 
 def _check_growth(before: Stage, after: Stage) -> None:

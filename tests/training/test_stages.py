@@ -223,6 +223,13 @@ def records_so_far(folder: Path) -> list[str]:
         (["stages=[{args: {}}]"], r"stages\[0\].args.train_iters is not set; every stage says how many steps"),
         (["stages=[{keep_optimizer: 1, args: {train_iters: 2}}]"], "keep_optimizer .* is 1; give true or false"),
         (
+            [
+                "stages=[{args: {train_iters: 2}}, "
+                "{args: {train_iters: 2}, deepspeed: {optimizer: {type: sat.ops.FusedEmaAdam}}}]"
+            ],
+            r"stage '2' has another optimizer \(sat.ops.FusedEmaAdam\) than '1' .* \(AdamW\), .* keep_optimizer: false",
+        ),
+        (
             ["stages=[{name: a, args: {train_iters: 2}}, {name: a, args: {train_iters: 2}}]"],
             "2 are called 'a'; give each a name of its own",
         ),
