@@ -142,8 +142,8 @@ def _check_optimizer(before: Stage, after: Stage) -> None:
     old, new = ((stage.config["deepspeed"].get("optimizer") or {}).get("type", "AdamW") for stage in (before, after))
     if after.keeps_optimizer and old.lower() != new.lower():
         raise ConfigError(
-            f"stage {after.name!r} has another optimizer ({new}) than {before.name!r} before it ({old}), and cannot go on "
-            "with its state; give the stage keep_optimizer: false"
+            f"stage {after.name!r} has another optimizer ({new}) than {before.name!r} before it ({old}), and cannot go "
+            "on with its state; give the stage keep_optimizer: false"
         )
 
 
