@@ -83,6 +83,8 @@ def build_ours(args: argparse.Namespace) -> nn.Module:
     model = instantiate_from_config({"target": "dit_video_concat.DiffusionTransformer", "params": params})
     left_out = model.load_state_dict(dit_from_diffusers(build_diffusers(args).state_dict()), strict=False)
     assert left_out.missing_keys == ["transformer.position_embeddings.weight"] and not left_out.unexpected_keys
+    if args.compile:
+        model.transformer.compile_layers()
     return model
 
 
@@ -141,7 +143,7 @@ def measure_time(args: argparse.Namespace, case: str) -> dict[str, Any]:
 
 def measure_memory(args: argparse.Namespace, case: str) -> dict[str, float]:
     """MiB that both add at their peak."""
-    options = [f"--{key}={value}" for key, value in settings(args).items()]
+    options = [f"--{key}={value}" for key, value in settings(args).items()] + ["--compile"] * args.compile
     mib = {name: in_fresh_process(__file__, [*options, "--memory-of", name, case]) for name in NAMES}
     return {
         **{f"{name}_mib": value for name, value in mib.items()},
@@ -163,7 +165,7 @@ ROW = (
 
 def settings(args: argparse.Namespace) -> dict[str, int]:
     """The numbers of the command line, under their option names."""
-    return {key.replace("_", "-"): value for key, value in vars(args).items() if isinstance(value, int)}
+    return {key.replace("_", "-"): value for key, value in vars(args).items() if type(value) is int}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -178,6 +180,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed calls per case and implementation (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="wall, or cpu on a machine in use")
+    parser.add_argument("--compile", action="store_true", help="ours with compiled layers, as args.compile makes them")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
 
 
@@ -199,6 +202,7 @@ def main() -> None:
     tokens = args.frames * args.rows * args.columns + args.text
     facts = {
         **settings(args),
+        "compile": args.compile,
         "clock": args.clock,
         "tokens": tokens,
         "torch": torch.__version__,
