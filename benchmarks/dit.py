@@ -83,8 +83,6 @@ def build_ours(args: argparse.Namespace) -> nn.Module:
     model = instantiate_from_config({"target": "dit_video_concat.DiffusionTransformer", "params": params})
     left_out = model.load_state_dict(dit_from_diffusers(build_diffusers(args).state_dict()), strict=False)
     assert left_out.missing_keys == ["transformer.position_embeddings.weight"] and not left_out.unexpected_keys
-    if args.compile:
-        model.transformer.compile_layers()
     return model
 
 
@@ -122,7 +120,9 @@ def make_call(name: str, case: str, args: argparse.Namespace, model: nn.Module, 
 
 def build_call(name: str, case: str, args: argparse.Namespace) -> Call:
     """The call of one case, its model built and run once on a tiny clip."""
-    model = build_ours(args) if name == "ours" else build_diffusers(args)
+    model: Any = build_ours(args) if name == "ours" else build_diffusers(args)
+    if name == "ours" and args.compile:
+        model.transformer.compile_layers()
     make_call(name, case, args, model, TINY_GRID)()
     return make_call(name, case, args, model, (args.frames, args.rows, args.columns))
 
