@@ -180,7 +180,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed calls per case and implementation (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="wall, or cpu on a machine in use")
-    parser.add_argument("--compile", action="store_true", help="ours with compiled layers, as args.compile makes them")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
 
 
@@ -188,6 +187,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    parser.add_argument("--compile", action="store_true", help="ours with compiled layers, as args.compile makes them")
     parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "CASE"), help="print the MiB of one case and stop")
     return parser.parse_args(words)
 
