@@ -37,6 +37,7 @@ LORA = (
     "params: {r: 2, lora_dropout: 0.3}}",
     "model.not_trainable_prefixes=[all]",
 )
+MUON = ("deepspeed.optimizer={type: sat.ops.Muon, params: {lr: 0.01}}",)
 OFFLOAD = ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",)
 
 
@@ -79,9 +80,6 @@ def as_after_a_kill(whole: Path, folder: Path, step: int = BEFORE) -> Path:
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     (copy / "metrics.jsonl").write_text("\n".join(lines[: step + 1]) + "\n" + lines[step + 1][:30])
     return copy
-
-
-MUON = ("deepspeed.optimizer={type: sat.ops.Muon, params: {lr: 0.01}}",)
 
 
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
